@@ -1,0 +1,128 @@
+"""What a person sees while work goes on: log lines, progress bars, and metrics that outlive the terminal."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False)
+log = logging.getLogger("orl_fast")
+_PLAIN_EVERY_S = 15.0
+
+
+def set_up_logging(*, verbose: bool = False, quiet: bool = False) -> None:
+    """Send the package's log to the terminal; called once, by the command line."""
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(level)
+    log.propagate = False
+
+
+@contextmanager
+def log_to_file(path: Path) -> Iterator[None]:
+    """Append the package's log to `path` while the block runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+class _RateColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f} {self._unit}/s" if speed else f"- {self._unit}/s", style="cyan")
+
+
+@contextmanager
+def progress(description: str, *, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show rate and time left of a long job; yields `advance(count=1, note=None)`.
+
+    On a terminal a bar; elsewhere (logs, CI) one line every 15 s. A job that resumes passes what is `done` already.
+    """
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _RateColumn(unit),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console, speed_estimate_period=60) as bar:
+            task = bar.add_task(description, total=total, completed=done, note="")
+
+            def advance(count: int = 1, note: str | None = None) -> None:
+                bar.update(task, advance=count, **({} if note is None else {"note": note}))
+
+            yield advance
+    else:
+        yield _PlainProgress(description, total=total, unit=unit, done=done)
+
+
+class _PlainProgress:
+    """A line now and then, for output that is no terminal."""
+
+    def __init__(self, description: str, *, total: int, unit: str, done: int) -> None:
+        self._description, self._total, self._unit = description, total, unit
+        self._done = self._start_done = done
+        self._start_s = self._told_s = time.monotonic()
+
+    def __call__(self, count: int = 1, note: str | None = None) -> None:
+        self._done += count
+        now_s = time.monotonic()
+        if now_s - self._told_s < _PLAIN_EVERY_S:
+            return
+        self._told_s = now_s
+        rate = (self._done - self._start_done) / (now_s - self._start_s)
+        left = f"{human_time((self._total - self._done) / rate)} left" if rate > 0 else ""
+        tail = f"; {note}" if note else ""
+        log.info("%s: %d of %d, %.1f %s/s, %s%s", self._description, self._done, self._total, rate, self._unit, left, tail)
+
+
+class MetricsFile:
+    """Append-only JSON lines: one object per record, each whole line written at once."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def human_time(seconds: float) -> str:
+    """'3 h 05 min' for people."""
+    seconds = max(0.0, seconds)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"
