@@ -278,8 +278,7 @@ def _read_recipe(recipe: str | Path) -> dict[str, Any]:
 def _sections() -> dict[str, list[str]]:
     hints = typing.get_type_hints(Config)
     return {
-        name: [entry.name for entry in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
-        for name, hint in hints.items()
+        name: [entry.name for entry in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else [] for name, hint in hints.items()
     }
 
 

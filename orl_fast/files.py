@@ -94,7 +94,9 @@ def require_free_space(path: Path, *, num_bytes: int, purpose: str) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < num_bytes * 1.02:
-        raise DataError(f"{path}: {purpose} takes {human_bytes(num_bytes)}, {human_bytes(free)} are free; free some space or choose another folder")
+        raise DataError(
+            f"{path}: {purpose} takes {human_bytes(num_bytes)}, {human_bytes(free)} are free; free some space or choose another folder"
+        )
 
 
 def human_bytes(num_bytes: float) -> str:

@@ -1,8 +1,8 @@
 """The mined tables: memory-mapped arrays, one folder each, that know what they were made from.
 
-A table folder holds `table.json` and its arrays as .npy. Row i is image i of the shard index. CSR tables hold image i's entries in
-`values[offsets[i] : offsets[i + 1]]`. The fingerprint digests the kind, the settings and the fingerprints of the inputs; since every stage is
-deterministic, equal fingerprints mean equal content, and a table whose inputs have changed is refused.
+A table folder holds `table.json` and its arrays as .npy. Row i is image i of the shard index. CSR tables hold image i's
+entries in `values[offsets[i] : offsets[i + 1]]`. The fingerprint digests the kind, the settings and the fingerprints of the inputs; since
+every stage is deterministic, equal fingerprints mean equal content, and a table whose inputs have changed is refused.
 """
 
 import json
@@ -235,4 +235,5 @@ def num_pairs(num_query: Any, num_partner: Any, *, pair_ratio: float, compat: Co
     query, partner = np.asarray(num_query, np.int64), np.asarray(num_partner, np.int64)
     base = query * np.ones_like(partner) if compat == "official" else query * partner
     wanted = np.maximum(1, (pair_ratio * base).astype(np.int64))
-    return np.minimum(wanted, query * partner)
+    kept: NDArray[np.int64] = np.minimum(wanted, query * partner)
+    return kept

@@ -1,0 +1,86 @@
+"""`orl-fast`: finds the verb, and turns errors that users can mend into one clear message."""
+
+import importlib
+import os
+import sys
+
+import click
+
+from orl_fast.errors import OrlFastError
+
+VERBS = {
+    "shard": "Pack image folders into WebDataset shards.",
+    "verify": "Check packed shards.",
+    "train": "Pre-train: BYOL (stage 1), then ORL (stage 3).",
+    "mine": "Find neighbors and corresponding RoIs (stage 2).",
+    "eval": "Score a backbone: linear probe, kNN.",
+    "show": "Draw pictures: mined pairs, augmented views.",
+    "info": "Tell what a folder, table, checkpoint or this machine is.",
+    "export": "Write mined results in the reference's JSON formats.",
+    "import": "Use mined results of the reference.",
+    "bench": "Measure speed against baselines.",
+    "demo": "The whole method on drawn scenes, in minutes.",
+}
+
+
+class _Verbs(click.Group):
+    """Loads a verb's module only when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = "import_" if cmd_name == "import" else cmd_name  # a keyword cannot name a module
+        command = importlib.import_module(f"orl_fast.cli.{module}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="orl-fast", prog_name="orl-fast")
+@click.option("-v", "--verbose", is_flag=True, help="Tell more.")
+@click.option("-q", "--quiet", is_flag=True, help="Tell only warnings and results.")
+def cli(verbose: bool, quiet: bool) -> None:
+    """Object-level representation learning (ORL) on folders of photographs.
+
+    \b
+    A whole run:
+      orl-fast shard coco/          pack the photographs
+      orl-fast train --epochs 800   stage 1: BYOL
+      orl-fast mine                 stage 2: corresponding RoIs
+      orl-fast train --epochs 800   stage 3: ORL
+    """
+    from orl_fast.console import set_up_logging
+
+    set_up_logging(verbose=verbose, quiet=quiet)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. Run the same command again: it goes on where it stopped.", err=True)
+        sys.exit(130)
+    except OrlFastError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output (head, less) is gone; what follows has no one to read it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
