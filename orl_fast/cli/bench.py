@@ -1,0 +1,79 @@
+"""`orl-fast bench`: run a benchmark against its baselines, print the table, write JSON and a picture."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import click
+
+import orl_fast
+from orl_fast.errors import DataError
+
+NAMES = ("proposals", "filter", "neighbors", "mine", "loader", "shard", "step")
+
+
+@click.command()
+@click.argument("name", type=click.Choice([*NAMES, "all"]))
+@click.argument("source", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Result file [default: bench-results/NAME.json]."
+)
+@click.option("--quick", is_flag=True, help="Smaller inputs and fewer rounds: a look, not a figure to quote.")
+def command(name: str, source: Path | None, json_path: Path | None, quick: bool) -> None:
+    """Measure NAME against its baselines, in turn, in one run.
+
+    SOURCE is a folder of photographs or of packed shards; without it, photographs are drawn. The picture is written beside the JSON file.
+    """
+    if source is not None and not source.is_dir():
+        raise DataError(f"{source}: no such folder; name a folder of photographs or of packed shards")
+    for one in NAMES if name == "all" else (name,):
+        path = json_path or Path("bench-results") / f"{one}.json"
+        if name == "all" and json_path is not None:
+            path = json_path.with_name(f"{json_path.stem}-{one}{json_path.suffix}")
+        _run(one, source, path, quick=quick)
+
+
+def _run(name: str, source: Path | None, json_path: Path, *, quick: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    folder = benchmark_folder()
+    harness, bench = _load(folder, "harness"), _load(folder, f"bench_{name}")
+    title = f"orl-fast bench {name}" + (" --quick" if quick else "")
+    rows = bench.run(source, quick=quick)
+    table = Table("", "rate (median)", "spread (IQR)", "ratio", title=title, title_justify="left")
+    group = None
+    for row in rows:
+        if row.group and row.group != group:
+            table.add_section()
+            table.add_row(f"[bold]{row.group}", "", "", "")
+        group = row.group
+        table.add_row(row.name, f"{row.median:,.4g} {row.unit}", f"{row.iqr:,.3g}", f"{row.ratio:.2f}× ± {row.ratio_iqr / 2:.2f}")
+    Console().print(table)
+    harness.save_json(json_path, harness.result(title, rows))
+    harness.save_plot(json_path.with_suffix(".png"), title, rows)
+    click.echo(f"written: {json_path}, {json_path.with_suffix('.png')}")
+
+
+def benchmark_folder() -> Path:
+    """benchmarks/ of a checkout, or its copy in an installed package.
+
+    Raises:
+        DataError: neither is there.
+    """
+    package = Path(orl_fast.__file__).parent
+    for folder in (package.parent / "benchmarks", package.parent / "orl_fast_benchmarks"):
+        if (folder / "harness.py").is_file():
+            return folder
+    raise DataError(f"{package.parent}: the benchmarks are not installed beside the package; run from a checkout of the repository")
+
+
+def _load(folder: Path, name: str) -> ModuleType:
+    """Import one benchmark module by its file; they import each other as `benchmarks.…`."""
+    qualified = f"benchmarks.{name}"
+    if "benchmarks" not in sys.modules:
+        package = ModuleType("benchmarks")
+        package.__path__ = [str(folder)]
+        sys.modules["benchmarks"] = package
+    return importlib.import_module(qualified)
