@@ -1,0 +1,88 @@
+"""Backbones: torchvision's classifiers without their pooling and classifier, from random weights."""
+
+import difflib
+from collections import OrderedDict
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from orl_fast.errors import ConfigError
+
+_POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Flatten, nn.Linear)
+_PROBE_PX = 224
+
+
+class Backbone(nn.Sequential):
+    """Images [B, 3, H, W], normalized floats → feature map [B, num_features, h, w].
+
+    Its children bear torchvision's names, so a ResNet's `state_dict()` is what torchvision, detectron2 and others load.
+    """
+
+    num_features: int
+
+
+def build_backbone(name: str) -> Backbone:
+    """The trunk of a torchvision classifier, randomly initialized; nothing is downloaded.
+
+    ResNets: convolutions Kaiming-normal fan-in, batch norm weight 1, no zero-init residual (ORL, appendix A). Others keep
+    torchvision's own initialization, which belongs to their design.
+
+    Args:
+        name: "resnet18" … "resnet152", "convnext_tiny", "efficientnet_b0", "regnet_y_400mf", … (`torchvision.models.list_models()`).
+    Raises:
+        ConfigError: no such model (the nearest name is given), or one that gives no feature map (vision transformers).
+    """
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "for example resnet50"
+        raise ConfigError(f"model.backbone = {name!r}: torchvision has no such classifier; {hint}")
+    # GoogLeNet and Inception warn about their slow default initialization unless told.
+    options = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    backbone = Backbone(_trunk(model))
+    backbone.num_features = _num_features(backbone, name)
+    if isinstance(model, torchvision.models.ResNet):
+        init_kaiming(backbone)
+    return backbone
+
+
+def init_kaiming(module: nn.Module) -> None:
+    """Kaiming-normal, fan-in, for all convolutions and linear layers: std = sqrt(2 / fan_in); biases 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _trunk(model: nn.Module) -> "OrderedDict[str, nn.Module]":
+    """The children up to the pooling; torchvision lists them in the order in which `forward` calls them."""
+    trunk: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, child in model.named_children():
+        if isinstance(child, _POOLING) or name in ("classifier", "head", "heads"):
+            break
+        trunk[name] = child
+    if isinstance(model, torchvision.models.DenseNet):
+        trunk["relu"] = nn.ReLU(inplace=True)  # the model's forward applies it as a function
+    return trunk
+
+
+def _num_features(backbone: Backbone, name: str) -> int:
+    """The channels of the feature map, found by a forward pass without arithmetic (meta device)."""
+    state = {key: value.to("meta") for key, value in backbone.state_dict().items()}
+    training = backbone.training
+    try:
+        probe = torch.empty(1, 3, _PROBE_PX, _PROBE_PX, device="meta")
+        with torch.no_grad():
+            features: Tensor = torch.func.functional_call(backbone.eval(), state, (probe,))
+        if features.ndim != 4:
+            raise ValueError(f"its trunk gives {tuple(features.shape)}")
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"model.backbone = {name!r}: gives no feature map [B, C, h, w]; use a convolutional one, for example resnet50"
+        ) from error
+    finally:
+        backbone.train(training)
+    return int(features.shape[1])
