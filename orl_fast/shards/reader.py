@@ -1,0 +1,85 @@
+"""Random access to packed JPEGs, without a copy."""
+
+import mmap
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orl_fast.errors import DataError
+from orl_fast.shards.index import ShardIndex
+
+# A map holds a file descriptor, and many systems grant 1024 of them. Mapping a shard again costs some 20 microseconds, a decode 1.7 ms.
+_MAX_OPEN_MAPS = 128
+
+
+class ShardReader:
+    """Reads the JPEG bytes of any row. Safe to share between threads and across a fork; needs no lock.
+
+    Shards are mapped when first read; at most 128 maps stay open. Each shard has one place in a fixed table: a place is read or
+    replaced in one step, so threads that race map a shard twice at worst.
+    """
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+        self._places: list[tuple[int, mmap.mmap] | None] = [None] * min(_MAX_OPEN_MAPS, index.num_shards)
+        self._closed = False
+
+    def read(self, i: int) -> bytes:
+        """The JPEG of row `i`.
+
+        Raises:
+            IndexError: there is no row `i`.
+            DataError: its shard is missing or not as long as when it was packed.
+        """
+        return self.view(i).tobytes()
+
+    def view(self, i: int) -> NDArray[np.uint8]:
+        """[size] uint8, read-only: the JPEG of row `i` within the memory map, which lives as long as the view does. Raises as `read`."""
+        if not 0 <= i < len(self.index):
+            raise IndexError(f"row {i} of {len(self.index)}")
+        size, offset = int(self.index.sizes[i]), int(self.index.offsets[i])
+        return np.frombuffer(self._map(int(self.index.shard_ids[i])), np.uint8, size, offset)
+
+    def close(self) -> None:
+        """Let go of all maps; those that views still use go with their last view."""
+        self._closed = True
+        self._places = [None] * len(self._places)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type["ShardReader"], tuple[ShardIndex]]:
+        return ShardReader, (self.index,)
+
+    def _map(self, shard: int) -> mmap.mmap:
+        if self._closed:
+            raise ValueError("this ShardReader is closed")
+        place = shard % len(self._places)
+        found = self._places[place]
+        if found is not None and found[0] == shard:
+            return found[1]
+        mapped = _map_shard(self.index.shard_paths[shard], self.index.manifest.shards[shard].num_bytes)
+        self._places[place] = (shard, mapped)
+        return mapped
+
+
+def _map_shard(path: Path, num_bytes: int) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise DataError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
+    if len(mapped) != num_bytes:
+        found = len(mapped)
+        mapped.close()
+        raise DataError(f"{path}: has {found} bytes, was packed with {num_bytes}; {_REMEDY}")
+    return mapped
+
+
+_REMEDY = "restore the file, or pack the images again with orl-fast shard --overwrite"
