@@ -1,0 +1,119 @@
+"""One image's bytes, checked by decoding it in full, as a JPEG that every later decoder takes."""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+JPEG_QUALITY = 95
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_MAX_SIDE_PX = 65_500  # libjpeg's limit
+_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all Huffman coded
+_STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
+
+
+class BadImage(Exception):
+    """The bytes are no image that can be decoded in full; the message is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedImage:
+    """A JPEG to pack: upright, RGB or grey. `reencoded` tells why it does not hold the original bytes."""
+
+    jpeg: bytes
+    width: int
+    height: int
+    reencoded: str | None
+
+
+def packed_image(data: bytes) -> PackedImage:
+    """Decode an image in full; keep its bytes where they are a plain JPEG, re-encode it otherwise.
+
+    Kept: a baseline or progressive JPEG in RGB or grey whose EXIF asks for no rotation. All else becomes a JPEG of quality 95 without
+    chroma subsampling: rotation applied, transparency on white, 16 bits reduced to 8, the first frame of an animation.
+
+    Raises:
+        BadImage: empty, of no known format, truncated, damaged, or 179 million pixels and more.
+    """
+    if not data:
+        raise BadImage("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata does not matter here; what matters raises
+            return _packed(data)
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image of a known format") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage("too large: at most 178,956,970 pixels are decoded") from error
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # a decoder raises anything at all on garbage; whatever it was, this image is at fault
+        raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _packed(data: bytes) -> PackedImage:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        image.load()  # raises where data is missing
+        oddities = _oddities(image, data)
+        if not oddities:
+            return PackedImage(jpeg=data, width=image.width, height=image.height, reencoded=None)
+        upright = _eight_bit(ImageOps.exif_transpose(image))
+    if max(upright.size) > _MAX_SIDE_PX:
+        raise BadImage(f"too large: a side of {max(upright.size)} px, JPEG has at most {_MAX_SIDE_PX}")
+    upright.info.clear()  # or Pillow copies comments into the JPEG
+    buffer = io.BytesIO()
+    upright.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return PackedImage(jpeg=buffer.getvalue(), width=upright.width, height=upright.height, reencoded=" ".join(oddities))
+
+
+def _oddities(image: Image.Image, data: bytes) -> list[str]:
+    """Why the bytes cannot be kept; empty for a plain JPEG."""
+    odd = []
+    if image.format not in ("JPEG", "MPO"):
+        odd.append(image.format or "unknown")
+    elif _check_structure(data) not in _PLAIN_FRAMES:
+        odd.append("arithmetic-coded or lossless JPEG")
+    if image.mode not in ("RGB", "L"):
+        odd.append(image.mode)
+    if 1 < image.getexif().get(ExifTags.Base.Orientation, 1) <= 8:
+        odd.append("EXIF rotation")
+    return odd
+
+
+def _check_structure(jpeg: bytes) -> int:
+    """The code of the frame header (SOF).
+
+    Raises:
+        BadImage: no end marker follows the first scan, so that decoders fill in what is missing.
+    """
+    at, frame = 2, 0
+    while at + 4 <= len(jpeg):
+        if jpeg[at] != 0xFF:
+            raise BadImage("damaged JPEG: a marker is missing")
+        code = jpeg[at + 1]
+        if code == 0xFF or code in _STANDALONE:
+            at += 1 if code == 0xFF else 2
+            continue
+        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+            frame = code
+        if code == 0xDA:
+            break
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    if jpeg.find(b"\xff\xd9", at) < 0:
+        raise BadImage("truncated JPEG: the end marker is missing")
+    return frame
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """RGB or L, on white where it is transparent."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65_535:
+            raise BadImage(f"samples of mode {image.mode} have no known range")
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
