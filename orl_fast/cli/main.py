@@ -1,5 +1,6 @@
 """`orl-fast`: finds the verb, and turns errors that users can mend into one clear message."""
 
+import difflib
 import importlib
 import os
 import sys
@@ -36,6 +37,12 @@ class _Verbs(click.Group):
         command = importlib.import_module(f"orl_fast.cli.{module}").command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        near = difflib.get_close_matches(args[0], VERBS, n=1) if args and args[0] not in VERBS else []
+        if near:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
