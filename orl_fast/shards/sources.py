@@ -74,6 +74,8 @@ def find_sources(paths: Sequence[Path], *, splits: Sequence[str] = ()) -> tuple[
             sources += [found[name] for name in _chosen_splits(path, list(found), splits)]
         else:
             sources.append(Source(folder=path, annotations=_annotations_of(path)))
+    if splits and not any(_coco_splits(path) for path in paths):
+        raise DataError(f"{paths[0]}: has no splits (folders with an annotation file); leave --split out, or give the folder itself")
     real = [source.folder.resolve() for source in sources]
     for i, folder in enumerate(real):
         for other in real[:i]:
@@ -88,13 +90,15 @@ def list_images(sources: Sequence[Source]) -> Listing:
     Images that no annotation file lists get the id after the largest id before them, so those of one plain folder are numbered from 0.
 
     Raises:
-        DataError: there is no image at all, or an annotation file is damaged.
+        DataError: a source holds no image at all, or its annotation file is damaged.
     """
     listing = Listing(sources=tuple(sources))
     taken: dict[str, int] = {}
     next_id = 0
     for number, source in enumerate(sources):
         on_disk, unreadable = _scan(source.folder)
+        if not on_disk:
+            raise DataError(f"{source.folder}: holds no images ({' '.join(sorted(SUFFIXES))}); give a folder of images")
         listing.unreadable.extend(Quarantined(source=number, file_name=name, reason=why) for name, why in sorted(unreadable.items()))
         ids = _listed_ids(source.annotations) if source.annotations else {}
         listing.absent.append([name for name in ids if name not in on_disk])
@@ -106,9 +110,6 @@ def list_images(sources: Sequence[Source]) -> Listing:
         for name, image_id in ids.items():
             if name in on_disk:
                 listing.images.append(ListedImage(number, name, image_id, _unique_key(name, taken), on_disk[name]))
-    if not listing.images:
-        folders = ", ".join(str(source.folder) for source in sources)
-        raise DataError(f"{folders}: holds no images ({' '.join(sorted(SUFFIXES))}); give a folder of images")
     return listing
 
 
@@ -127,7 +128,7 @@ def _coco_splits(root: Path) -> dict[str, Source]:
 def _chosen_splits(root: Path, found: list[str], wanted: Sequence[str]) -> Sequence[str]:
     for name in wanted:
         if name not in found:
-            raise DataError(f"{root}: has no split {name!r}; it has {', '.join(found)}")
+            raise DataError(f"{root}: has no split {name!r} with an annotation file; it has {', '.join(found)}")
     if wanted:
         return wanted
     for candidates in (["train2017"], found, [name for name in found if name.startswith("train")]):
