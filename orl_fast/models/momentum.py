@@ -24,35 +24,26 @@ class Branch(nn.Module):
         return projections
 
 
-class MomentumEncoder(nn.Module):
-    """Online branch, learnt by gradient, and target branch, the exponential moving average of its parameters (BYOL, section 3.1).
+def project(branch: Branch, views: Sequence[Tensor], *, joined: bool = False) -> list[Tensor]:
+    """Projections [B, D] of views of one size, [B, 3, S, S] each, normalized floats.
 
-    The target's batch norm buffers are not averaged: they come from its own forward passes in training mode.
+    Args:
+        joined: all views in one forward pass, hence with common batch statistics. Faster, but not what the paper does.
     """
+    if joined and views:
+        return list(branch(torch.cat(list(views))).chunk(len(views)))
+    return [branch(view) for view in views]
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.online = Branch(config)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
 
-    def encode(self, views: Sequence[Tensor], *, joined: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-        """Project views of one size by both branches; no gradient flows through the target.
+def frozen_copy(online: Branch) -> Branch:
+    """The target branch to begin with: the same weights, never reached by a gradient."""
+    return copy.deepcopy(online).requires_grad_(False)
 
-        Args:
-            views: V tensors [B, 3, S, S], normalized floats.
-            joined: all views in one forward pass, hence with common batch statistics. Faster, but not what the paper does.
-        Returns:
-            V online and V target projections, [B, D] each.
-        """
-        batches = [torch.cat(list(views))] if joined else list(views)
-        online = [self.online(batch) for batch in batches]
-        with torch.no_grad():
-            target = [self.target(batch) for batch in batches]
-        if joined:
-            return list(online[0].chunk(len(views))), list(target[0].chunk(len(views)))
-        return online, target
 
-    @torch.no_grad()
-    def update_target(self, momentum: float) -> None:
-        """target ← momentum * target + (1 - momentum) * online, for all parameters in a few kernel launches."""
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1 - momentum)
+@torch.no_grad()
+def update_target(target: nn.Module, online: nn.Module, *, momentum: float) -> None:
+    """target ← momentum * target + (1 - momentum) * online, for all parameters in a few kernel launches (BYOL, section 3.1).
+
+    Buffers are left alone: the target's batch norm statistics come from its own forward passes in training mode.
+    """
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - momentum)

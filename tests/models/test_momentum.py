@@ -1,63 +1,56 @@
 import torch
+from torch import Tensor
 
 from orl_fast.config import ModelConfig
-from orl_fast.models import MomentumEncoder, predictor, projector
+from orl_fast.models import Branch, frozen_copy, predictor, project, projector, update_target
 
 SMALL = ModelConfig(backbone="resnet18", projector_hidden=16, projector_out=8, predictor_hidden=16)
 
 
-def _encoder(seed: int = 0) -> MomentumEncoder:
-    torch.manual_seed(seed)
-    return MomentumEncoder(SMALL)
+def _branches() -> tuple[Branch, Branch]:
+    torch.manual_seed(0)
+    online = Branch(SMALL)
+    return online, frozen_copy(online)
+
+
+def _views() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, 3, 32, 32, generator=generator) * scale for scale in (1, 3)]
 
 
 def test_target_starts_equal_and_is_averaged() -> None:
-    encoder = _encoder()
-    for online, target in zip(encoder.online.parameters(), encoder.target.parameters(), strict=True):
-        assert torch.equal(online, target)
-        assert not target.requires_grad
+    online, target = _branches()
+    for one, other in zip(online.parameters(), target.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert not other.requires_grad
     with torch.no_grad():
-        for parameter in encoder.online.parameters():
+        for parameter in online.parameters():
             parameter.add_(torch.randn_like(parameter))
-    before = [parameter.clone() for parameter in encoder.target.parameters()]
+    expected = [parameter.double() for parameter in target.parameters()]
     for momentum in (0.99, 0.25, 1.0):
-        encoder.update_target(momentum)
-        online = [parameter.double() for parameter in encoder.online.parameters()]
-        before = [momentum * old.double() + (1 - momentum) * new for old, new in zip(before, online, strict=True)]
-        for target, expected in zip(encoder.target.parameters(), before, strict=True):
-            torch.testing.assert_close(target.double(), expected, rtol=1e-5, atol=1e-6)
+        update_target(target, online, momentum=momentum)
+        for i, (found, new) in enumerate(zip(target.parameters(), online.parameters(), strict=True)):
+            expected[i] = momentum * expected[i] + (1 - momentum) * new.detach().double()
+            torch.testing.assert_close(found.double(), expected[i], rtol=1e-5, atol=1e-6)
 
 
 def test_buffers_come_from_the_targets_own_forwards() -> None:
-    encoder = _encoder().train()
-    views = [torch.randn(4, 3, 32, 32) for _ in range(2)]
-    encoder.encode(views)
-    online, target = dict(encoder.online.named_buffers()), dict(encoder.target.named_buffers())
-    assert all(torch.equal(online[name], target[name]) for name in online)  # same weights, same views, two updates each
-    assert target["projector.1.num_batches_tracked"] == 2
-    encoder.update_target(0.0)
-    encoder.encode([torch.randn(4, 3, 32, 32)])
-    before = {name: buffer.clone() for name, buffer in encoder.target.named_buffers()}
-    encoder.update_target(0.5)
-    assert all(torch.equal(before[name], buffer) for name, buffer in encoder.target.named_buffers())
-
-
-def test_no_gradient_reaches_the_target() -> None:
-    encoder = _encoder()
-    online, target = encoder.encode([torch.randn(4, 3, 32, 32) for _ in range(2)])
-    assert all(projection.requires_grad for projection in online)
-    assert not any(projection.requires_grad for projection in target)
+    online, target = _branches()
+    project(online, _views())
+    project(target, _views()[:1])
+    update_target(target, online, momentum=0.0)
+    assert online.projector[1].num_batches_tracked == 2
+    assert target.projector[1].num_batches_tracked == 1
+    assert not torch.equal(target.projector[1].running_mean, online.projector[1].running_mean)
 
 
 def test_joined_views_share_their_batch_statistics() -> None:
-    views = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32) * 3 + 1]
-    apart, _ = _encoder().encode(views)
-    together, _ = _encoder().encode(views, joined=True)
+    online, _ = _branches()
+    apart, together = project(online, _views()), project(online, _views(), joined=True)
     assert [projection.shape for projection in together] == [projection.shape for projection in apart]
     assert not torch.allclose(apart[0], together[0], atol=1e-3)
-    eval_apart, _ = _encoder().eval().encode(views)
-    eval_together, _ = _encoder().eval().encode(views, joined=True)
-    for one, other in zip(eval_apart, eval_together, strict=True):
+    online.eval()
+    for one, other in zip(project(online, _views()), project(online, _views(), joined=True), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
