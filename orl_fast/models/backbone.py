@@ -6,11 +6,13 @@ from collections import OrderedDict
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, conv1x1
 
 from orl_fast.errors import ConfigError
 
 _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Flatten, nn.Linear)
 _PROBE_PX = 224
+SMALL_RESNET = "resnet10_small"
 
 
 class Backbone(nn.Sequential):
@@ -29,11 +31,13 @@ def build_backbone(name: str) -> Backbone:
     torchvision's own initialization, which belongs to their design.
 
     Args:
-        name: "resnet18" … "resnet152", "convnext_tiny", "efficientnet_b0", "regnet_y_400mf", … (`torchvision.models.list_models()`).
+        name: "resnet10_small" (below), "resnet18" … "resnet152", "convnext_tiny", … (`torchvision.models.list_models()`).
     Raises:
         ConfigError: no such model (the nearest name is given), or one that gives no feature map (vision transformers).
     """
-    known = torchvision.models.list_models(module=torchvision.models)
+    if name == SMALL_RESNET:
+        return _small_resnet()
+    known = [SMALL_RESNET, *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "for example resnet50"
@@ -45,6 +49,21 @@ def build_backbone(name: str) -> Backbone:
     backbone.num_features = _num_features(backbone, name)
     if isinstance(model, torchvision.models.ResNet):
         init_kaiming(backbone)
+    return backbone
+
+
+def _small_resnet() -> Backbone:
+    """A ResNet for views of 32 to 64 px and minutes of CPU time: one block per stage, 16 to 128 channels, a 3 × 3 stem, no max pooling."""
+    trunk: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(inplace=True)
+    )
+    trunk["layer1"] = nn.Sequential(BasicBlock(16, 16))
+    for stage, channels in ((2, 32), (3, 64), (4, 128)):
+        shortcut = nn.Sequential(conv1x1(channels // 2, channels, stride=2), nn.BatchNorm2d(channels))
+        trunk[f"layer{stage}"] = nn.Sequential(BasicBlock(channels // 2, channels, stride=2, downsample=shortcut))
+    backbone = Backbone(trunk)
+    backbone.num_features = 128
+    init_kaiming(backbone)
     return backbone
 
 

@@ -64,3 +64,13 @@ def test_unknown_names_get_the_nearest() -> None:
 def test_models_without_a_feature_map_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="gives no feature map"):
         build_backbone(name)
+
+
+def test_small_resnet_halves_its_map_four_times_and_is_kaiming_normal() -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone("resnet10_small")
+    with torch.no_grad():
+        assert backbone(torch.randn(2, 3, 64, 64)).shape == (2, backbone.num_features, 4, 4)
+    last = backbone.get_submodule("layer4.0.conv2")
+    assert isinstance(last, nn.Conv2d)
+    assert last.weight.std().item() == pytest.approx(math.sqrt(2 / (128 * 9)), rel=0.03)
