@@ -1,0 +1,205 @@
+"""Scenes to learn from, drawn on the spot: handwritten digits on blurred photographs, all from data inside scikit-learn.
+
+A scene has a theme: a hue, a region of a photograph, and two digit classes that most of its digits come from. So scenes that look alike
+hold alike objects, which is what ORL's stage 2 looks for. The labelled scenes, which only evaluations see, have no themes; those
+that test hold digits that nothing was trained on.
+"""
+
+import colorsys
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from orl_fast.console import progress
+from orl_fast.files import atomic_folder, write_json
+
+SIDE_PX = 192
+_NUM_DIGITS = (5, 7)
+_DIGIT_PX = (46, 76)
+_MAX_TURN_DEG = 15.0
+_MIN_CONTRAST = 70.0  # of luminance, digit against the background around it
+_GAP_PX = 2
+_NUM_THEMES = 10
+_THEME_SHARE = 0.9  # of a scene's digits that come from its theme's two classes
+_NUM_TRAIN_DIGITS = 1200
+_ATTEMPTS = 30
+_JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One drawn scene: image [192, 192, 3] uint8 RGB, boxes [D, 4] int16 xyxy around the digits, labels [D] int64 (0 to 9)."""
+
+    image: NDArray[np.uint8]
+    boxes: NDArray[np.int16]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Theme:
+    hue: float  # in turns
+    photo: int
+    corner: tuple[int, int]  # y, x of the region's top left corner, pixels of the photograph
+    classes: tuple[int, int]
+
+
+class ScenePainter:
+    """Paints scenes; scene number i of a part is a pure function of (seed, part, i).
+
+    Args:
+        seed: of everything drawn.
+        held_out_digits: paint with the digits that no training scene holds.
+        themed: scenes have themes.
+    """
+
+    def __init__(self, *, seed: int, held_out_digits: bool, themed: bool) -> None:
+        from sklearn.datasets import load_digits, load_sample_images  # a heavy import, and only painting needs it
+
+        self._photos = [np.asarray(photo, np.uint8) for photo in load_sample_images().images]
+        digits = load_digits()
+        part = np.random.default_rng(seed).permutation(len(digits.target))
+        part = part[_NUM_TRAIN_DIGITS:] if held_out_digits else part[:_NUM_TRAIN_DIGITS]
+        self._glyphs = np.asarray(digits.images[part] / 16.0, np.float32)  # [G, 8, 8], ink from 0 to 1
+        self._by_class = [np.flatnonzero(digits.target[part] == label) for label in range(10)]
+        self._stream = (seed, 2 * held_out_digits + themed)
+        self._themes = _draw_themes(np.random.default_rng((seed, 10)), self._photos) if themed else []
+
+    def paint(self, number: int) -> Scene:
+        """Scene `number`."""
+        rng = np.random.default_rng((*self._stream, number))
+        theme = self._themes[rng.integers(_NUM_THEMES)] if self._themes else None
+        canvas = self._background(rng, theme)
+        boxes: list[tuple[int, int, int, int]] = []
+        labels: list[int] = []
+        for _ in range(rng.integers(_NUM_DIGITS[0], _NUM_DIGITS[1] + 1)):
+            themed = theme is not None and rng.random() < _THEME_SHARE
+            label = int(rng.choice(theme.classes)) if theme is not None and themed else int(rng.integers(10))
+            box = _place_digit(canvas, self._glyphs[rng.choice(self._by_class[label])], boxes, rng)
+            if box is not None:
+                boxes.append(box)
+                labels.append(label)
+        canvas += 4 * rng.standard_normal(canvas.shape, np.float32)
+        image = np.clip(canvas, 0, 255).astype(np.uint8)
+        return Scene(image=image, boxes=np.array(boxes, np.int16).reshape(-1, 4), labels=np.array(labels, np.int64))
+
+    def _background(self, rng: np.random.Generator, theme: _Theme | None) -> NDArray[np.float32]:
+        """A blurred crop of a photograph, tinted. [192, 192, 3] float32."""
+        photo = self._photos[theme.photo if theme else rng.integers(len(self._photos))]
+        side_px = int(rng.integers(150, 241))
+        y, x = theme.corner if theme else (rng.integers(photo.shape[0]), rng.integers(photo.shape[1]))
+        y, x = y + int(rng.integers(-30, 31)), x + int(rng.integers(-30, 31))
+        y, x = int(np.clip(y, 0, photo.shape[0] - side_px)), int(np.clip(x, 0, photo.shape[1] - side_px))
+        # Painted at a third of the size: it is blurred anyway, and painting takes a third of the time.
+        small_px = SIDE_PX // 3
+        crop = cv2.resize(photo[y : y + side_px, x : x + side_px], (small_px, small_px), interpolation=cv2.INTER_AREA)
+        if rng.random() < 0.5:
+            crop = crop[:, ::-1]
+        blurred = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(crop, np.float32), (0, 0), float(rng.uniform(1, 2))), np.float32)
+        hue = (theme.hue if theme else rng.random()) + rng.normal(0, 0.02)
+        tint = np.array(colorsys.hsv_to_rgb(hue % 1.0, 0.6, 1.0), np.float32)
+        gray = _luminance(blurred)[..., None]
+        # A middling luminance of low contrast: digits both lighter and darker than it find room, and it draws no edges of its own.
+        gray = (gray - gray.mean()) * 0.5 + float(rng.uniform(95, 160))
+        tinted = 0.45 * gray * (0.4 + tint) + 0.55 * (0.3 * (blurred - blurred.mean()) + gray)
+        return np.asarray(cv2.resize(tinted, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_CUBIC), np.float32)
+
+
+def _draw_themes(rng: np.random.Generator, photos: list[NDArray[np.uint8]]) -> list[_Theme]:
+    """Ten themes; each class belongs to two of them."""
+    classes = np.concatenate([rng.permutation(10).reshape(5, 2), rng.permutation(10).reshape(5, 2)])
+    hues = (np.arange(_NUM_THEMES) + rng.random()) / _NUM_THEMES
+    themes = []
+    for number, hue in enumerate(rng.permutation(hues)):
+        height, width = photos[number % len(photos)].shape[:2]
+        corner = (int(rng.integers(height - SIDE_PX)), int(rng.integers(width - SIDE_PX)))
+        pair = (int(classes[number, 0]), int(classes[number, 1]))
+        themes.append(_Theme(hue=float(hue), photo=number % len(photos), corner=corner, classes=pair))
+    return themes
+
+
+def _place_digit(
+    canvas: NDArray[np.float32], glyph: NDArray[np.float32], taken: list[tuple[int, int, int, int]], rng: np.random.Generator
+) -> tuple[int, int, int, int] | None:
+    """Paint one digit where none is yet; returns its xyxy box, or None where no room was found."""
+    turn_deg = float(rng.uniform(-_MAX_TURN_DEG, _MAX_TURN_DEG))
+    # A crowded scene has room for a small digit only.
+    for side_px in (int(rng.integers(_DIGIT_PX[0], _DIGIT_PX[1] + 1)), _DIGIT_PX[0]):
+        ink = _enlarge(glyph, side_px, turn_deg)
+        height, width = ink.shape
+        for _ in range(_ATTEMPTS):
+            y, x = int(rng.integers(SIDE_PX - height + 1)), int(rng.integers(SIDE_PX - width + 1))
+            box = (x, y, x + width, y + height)
+            if any(_touch(box, other) for other in taken):
+                continue
+            region = canvas[y : y + height, x : x + width]
+            region += ink[..., None] * (_ink_color(float(_luminance(region).mean()), rng) - region)
+            return box
+    return None
+
+
+def _touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    """Whether two boxes overlap or lie closer than the gap."""
+    return a[0] < b[2] + _GAP_PX and b[0] < a[2] + _GAP_PX and a[1] < b[3] + _GAP_PX and b[1] < a[3] + _GAP_PX
+
+
+def _enlarge(glyph: NDArray[np.float32], side_px: int, turn_deg: float) -> NDArray[np.float32]:
+    """An 8 × 8 glyph, smoothly enlarged and turned, cut to its ink. [h, w] float32 from 0 to 1."""
+    padded_px = int(side_px * 1.3)
+    scale = side_px / 8
+    matrix = np.asarray(cv2.getRotationMatrix2D((3.5, 3.5), turn_deg, scale), np.float64)
+    matrix[:, 2] += padded_px / 2 - 3.5
+    ink = cv2.warpAffine(glyph, matrix, (padded_px, padded_px), flags=cv2.INTER_CUBIC)
+    ink = np.clip((ink - 0.25) * 2.0, 0, 1)  # enlarged strokes are washed out; this gives them an edge again
+    rows, columns = np.flatnonzero(ink.max(1) > 0.2), np.flatnonzero(ink.max(0) > 0.2)
+    return np.asarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], np.float32)
+
+
+def _ink_color(background: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """An RGB color of low saturation whose luminance keeps the contrast to `background`."""
+    room_below, room_above = max(0.0, background - _MIN_CONTRAST), max(0.0, 255 - background - _MIN_CONTRAST)
+    if rng.random() * (room_below + room_above) < room_below:
+        level = rng.uniform(0, room_below)
+    else:
+        level = rng.uniform(background + _MIN_CONTRAST, 255)
+    color = np.array(colorsys.hsv_to_rgb(rng.random(), float(rng.uniform(0, 0.25)), 1.0), np.float32)
+    return np.asarray(color * (level / float(_luminance(color))), np.float32)
+
+
+def _luminance(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(rgb @ np.array([0.299, 0.587, 0.114], np.float32), np.float32)
+
+
+def write_scenes(folder: Path, *, num_scenes: int, seed: int, held_out_digits: bool = False, labelled: bool = False) -> None:
+    """Write scenes as JPEG files; a folder that holds these very scenes is left as it is.
+
+    Args:
+        folder: gets `images/000000.jpg` … and, if `labelled`, `annotations.json` in COCO's format.
+        labelled: scenes without themes, for evaluations; otherwise themed scenes to learn from.
+    """
+    settings = {"num_scenes": num_scenes, "seed": seed, "held_out_digits": held_out_digits, "labelled": labelled}
+    told = folder / "scenes.json"
+    if told.is_file() and json.loads(told.read_text()) == settings:
+        return
+    painter = ScenePainter(seed=seed, held_out_digits=held_out_digits, themed=not labelled)
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
+    with atomic_folder(folder) as target, progress(f"drawing {folder.name}", total=num_scenes, unit="scenes") as advance:
+        (target / "images").mkdir()
+        for number in range(num_scenes):
+            scene = painter.paint(number)
+            name = f"{number:06d}.jpg"
+            _, encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+            (target / "images" / name).write_bytes(encoded.tobytes())
+            images.append({"id": number, "file_name": name, "width": SIDE_PX, "height": SIDE_PX})
+            for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+                box_xywh = [x1, y1, x2 - x1, y2 - y1]
+                annotations.append({"id": len(annotations), "image_id": number, "category_id": label, "bbox": box_xywh, "iscrowd": 0})
+            advance()
+        if labelled:
+            categories = [{"id": label, "name": str(label)} for label in range(10)]
+            write_json(target / "annotations.json", {"images": images, "annotations": annotations, "categories": categories})
+        write_json(target / "scenes.json", settings)
