@@ -85,10 +85,7 @@ def test_exif_rotation_is_baked_in(draw, encode, orientation):
     ],
 )
 def test_other_kinds_become_jpegs(draw, encode, format_, mode, reason):
-    if mode == "LAB":
-        source = Image.merge("LAB", draw(5).split())
-    else:
-        source = draw(5).convert(mode)
+    source = Image.merge("LAB", draw(5).split()) if mode == "LAB" else draw(5).convert(mode)
     data = encode(source, format_)
     packed = packed_image(data)
     assert packed.reencoded == reason
