@@ -1,0 +1,207 @@
+"""What to render: a `ViewPlan` holds every parameter of a batch of views, drawn by pure functions of (seed, epoch, image, view).
+
+"Draw on the host, render on the device": renderers execute a plan and hold no randomness. Hence any step of any epoch can be drawn alone,
+by any rank or thread, and two renderers can be compared on the same views.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orl_fast.boxes import jitter_boxes
+from orl_fast.config import Compat, ViewsConfig
+from orl_fast.tables import PairTable, RoiTable
+from orl_fast.views import draw
+
+Rows = NDArray[np.int64]
+TERMS = ("image", "intra", "inter")
+PATCH_SIDE_PX = 128  # of stored partner patches
+
+
+class Slot(NamedTuple):
+    """One view of each sample: a term of the loss ("image", "intra", "inter"), which of its two views, and its size."""
+
+    term: str
+    view: int
+    size_px: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """M crops, one entry each: crop the box, resize it (bilinear, antialiased), flip, change colors in `order`, grayscale, blur, solarize.
+
+    Attributes:
+        source: [M] int64, row of the image read from; from N on: number of a stored partner patch, plus N.
+        box: [M, 4] float32 xyxy, pixels of the source.
+        flip: [M] bool.
+        order: [M, 4] uint8, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue.
+        factors: [M, 3] float32, of brightness, contrast and saturation; 1: unchanged.
+        hue: [M] float32, turns; 0: unchanged.
+        grayscale: [M] bool.
+        blur_sigma: [M] float32, pixels of the view; 0: none.
+        solarize: [M] bool; values from 128 on are inverted.
+    """
+
+    source: NDArray[np.int64]
+    box: NDArray[np.float32]
+    flip: NDArray[np.bool_]
+    order: NDArray[np.uint8]
+    factors: NDArray[np.float32]
+    hue: NDArray[np.float32]
+    grayscale: NDArray[np.bool_]
+    blur_sigma: NDArray[np.float32]
+    solarize: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @classmethod
+    def plain(cls, source: Rows, box: NDArray[np.float32]) -> "Crops":
+        """Crops that are resized and otherwise left alone."""
+        m = len(source)
+        return cls(
+            source=source,
+            box=box,
+            flip=np.zeros(m, np.bool_),
+            order=np.tile(np.arange(4, dtype=np.uint8), (m, 1)),
+            factors=np.ones((m, 3), np.float32),
+            hue=np.zeros(m, np.float32),
+            grayscale=np.zeros(m, np.bool_),
+            blur_sigma=np.zeros(m, np.float32),
+            solarize=np.zeros(m, np.bool_),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewPlan:
+    """A batch of views.
+
+    Attributes:
+        rows: [B] int64, the images of the batch.
+        slots: what is rendered of each.
+        crops: B * len(slots) crops, slot by slot: view v of sample b is crop v * B + b.
+        beyond_box: the resize filter may read the source's pixels around a box, as when a whole image is resized and then cropped
+            (evaluation); False: the box is cut out first (training).
+    """
+
+    rows: Rows
+    slots: tuple[Slot, ...]
+    crops: Crops
+    beyond_box: bool = False
+
+
+def draw_byol(
+    rows: Rows, *, seed: int, epoch: int, heights: NDArray[np.int32], widths: NDArray[np.int32], views: ViewsConfig
+) -> ViewPlan:
+    """Two random resized crops of each image (paper, appendix A; BYOL's augmentations).
+
+    Args:
+        rows: [B] int64.
+        heights, widths: [N] int32, pixels of all images.
+    """
+    return _plan(rows, _image_boxes(rows, seed, epoch, heights, widths, views), seed=seed, epoch=epoch, views=views)
+
+
+def draw_orl(
+    rows: Rows,
+    *,
+    seed: int,
+    epoch: int,
+    heights: NDArray[np.int32],
+    widths: NDArray[np.int32],
+    views: ViewsConfig,
+    rois: RoiTable,
+    pairs: PairTable,
+    terms: Sequence[str] = TERMS,
+    compat: Compat = "official",
+    patch_rows: NDArray[np.int64] | None = None,
+) -> ViewPlan:
+    """Image, intra-RoI and inter-RoI views (paper, section 3.3): a uniform neighbor, one of its pairs, one own RoI.
+
+    Args:
+        rows: [B] int64.
+        heights, widths: [N] int32, pixels of all images.
+        pairs: already limited to the neighbors and the ratio in use (`PairTable.limited`).
+        terms: what is drawn; leaving a term out does not change the others.
+        patch_rows: [P] int64, sorted: the RoIs (rows of rois.boxes) of which a patch is stored; partners are read from there.
+    """
+    boxes: dict[tuple[str, int], tuple[Rows, NDArray[np.float32]]] = {}
+    if "image" in terms:
+        boxes |= _image_boxes(rows, seed, epoch, heights, widths, views)
+    if "intra" in terms:
+        first = rois.offsets[rows]
+        own = rois.boxes[first + draw.choices(seed, epoch, rows, draw.ROI_STREAM, rois.offsets[rows + 1] - first)]
+        sizes = np.stack([heights[rows], widths[rows]], axis=1).astype(np.int64)
+        streams = np.full(len(rows), draw.ROI_JITTER_STREAM, np.int64)
+        moved = jitter_boxes(own, sizes=sizes, seed=seed, epoch=epoch, images=rows, streams=streams, views=views, compat=compat)
+        boxes["intra", 0], boxes["intra", 1] = (rows, own.astype(np.float32)), (rows, moved.astype(np.float32))
+    if "inter" in terms:
+        counts = np.full(len(rows), pairs.neighbors.shape[1], np.int64)
+        k = draw.choices(seed, epoch, rows, draw.NEIGHBOR_STREAM, counts)
+        neighbor, count = pairs.neighbors[rows, k], pairs.count[rows, k].astype(np.int64)
+        pair = pairs.first[rows, k] + draw.choices(seed, epoch, rows, draw.PAIR_STREAM, count)
+        query = rois.boxes[rois.offsets[rows] + pairs.query_roi[pair]].astype(np.float32)
+        partner_row = rois.offsets[neighbor] + pairs.partner_roi[pair]
+        boxes["inter", 0] = rows, query
+        boxes["inter", 1] = _partner_boxes(neighbor, partner_row, rois, patch_rows, num_images=len(heights))
+    return _plan(rows, boxes, seed=seed, epoch=epoch, views=views)
+
+
+def center_crops(rows: Rows, *, heights: NDArray[np.int32], widths: NDArray[np.int32], resize_px: int, crop_px: int) -> ViewPlan:
+    """Resize the shorter side to `resize_px`, then the central `crop_px` square, without augmentation (torchvision's evaluation views)."""
+    height, width = heights[rows].astype(np.int64), widths[rows].astype(np.int64)
+    short = np.minimum(height, width)
+    resized = np.stack([resize_px * width // short, resize_px * height // short], axis=1)  # [B, 2]: width, height
+    start = np.rint((resized - crop_px) / 2)
+    scale = np.stack([width, height], axis=1) / resized
+    box = np.concatenate([start * scale, (start + crop_px) * scale], axis=1).astype(np.float32)
+    return ViewPlan(rows=rows, slots=(Slot("image", 0, crop_px),), crops=Crops.plain(rows, box), beyond_box=True)
+
+
+def roi_crops(rows: Rows, boxes: NDArray[np.int16] | NDArray[np.float32], *, size_px: int) -> ViewPlan:
+    """Each box [M, 4] of image rows[m], cut out and resized, without augmentation (RoI features)."""
+    return ViewPlan(rows=rows, slots=(Slot("image", 0, size_px),), crops=Crops.plain(rows, np.asarray(boxes, np.float32)))
+
+
+def _image_boxes(
+    rows: Rows, seed: int, epoch: int, heights: NDArray[np.int32], widths: NDArray[np.int32], views: ViewsConfig
+) -> dict[tuple[str, int], tuple[Rows, NDArray[np.float32]]]:
+    boxes: dict[tuple[str, int], tuple[Rows, NDArray[np.float32]]] = {}
+    for view, stream in enumerate(draw.STREAMS["image"]):
+        box = np.empty((len(rows), 4), np.float32)
+        draw.random_resized_crops(seed, epoch, rows, stream, heights[rows], widths[rows], views.crop_area, views.crop_aspect, box)
+        boxes["image", view] = rows, box
+    return boxes
+
+
+def _partner_boxes(
+    neighbor: Rows, roi_row: Rows, rois: RoiTable, patch_rows: NDArray[np.int64] | None, *, num_images: int
+) -> tuple[Rows, NDArray[np.float32]]:
+    """Where to read the partner RoIs: in the neighbor, or in a stored patch."""
+    box = rois.boxes[roi_row].astype(np.float32)
+    if patch_rows is None or not len(patch_rows):
+        return neighbor, box
+    patch = np.minimum(np.searchsorted(patch_rows, roi_row), len(patch_rows) - 1)
+    stored = patch_rows[patch] == roi_row
+    whole = np.array([0, 0, PATCH_SIDE_PX, PATCH_SIDE_PX], np.float32)
+    return np.where(stored, num_images + patch, neighbor), np.where(stored[:, None], whole, box)
+
+
+def _plan(
+    rows: Rows, boxes: dict[tuple[str, int], tuple[Rows, NDArray[np.float32]]], *, seed: int, epoch: int, views: ViewsConfig
+) -> ViewPlan:
+    """Draw the augmentations of every view and join the views slot by slot."""
+    slots = tuple(Slot(term, view, views.image_size_px if term == "image" else views.patch_size_px) for term, view in boxes)
+    source, box = (np.concatenate(parts) for parts in zip(*boxes.values(), strict=True))
+    crops = Crops.plain(source, box)
+    for v, (term, view, _) in enumerate(slots):
+        part = slice(v * len(rows), (v + 1) * len(rows))
+        ranges = draw.Ranges.of(views, view)
+        draw.augmentations(
+            seed, epoch, rows, draw.STREAMS[term][view], ranges, crops.flip[part], crops.order[part], crops.factors[part], crops.hue[part],
+            crops.grayscale[part], crops.blur_sigma[part], crops.solarize[part],
+        )  # fmt: skip
+    return ViewPlan(rows=rows, slots=slots, crops=crops)
