@@ -1,0 +1,78 @@
+"""The reference renderer: PIL decodes, torchvision's own functions do the rest, one crop at a time. The oracle of the other renderers."""
+
+import io
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
+from torchvision.transforms import functional as tv  # type: ignore[import-untyped]
+
+from orl_fast.views.plan import Crops, ViewPlan
+from orl_fast.views.renderer import ImageSource, Rendered, distinct_sources, without_bad
+
+_ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
+_HUE = 3
+
+
+class ReferenceRenderer:
+    """Slow and plain (see `orl_fast.views.renderer.Renderer`)."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self._source = source
+
+    def render(self, plan: ViewPlan) -> Rendered:
+        images: list[Image.Image | None] = []
+        sources, places = distinct_sources(plan)
+        for source in sources:
+            try:
+                images.append(decode(self._source.view(int(source))))
+            except (OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
+                images.append(None)
+        pixels = []
+        for v, slot in enumerate(plan.slots):
+            batch = np.zeros((len(plan.rows), slot.size_px, slot.size_px, 3), np.uint8)
+            for b in range(len(plan.rows)):
+                m = v * len(plan.rows) + b
+                image = images[places[m]]
+                if image is not None:
+                    batch[b] = np.asarray(render_crop(image, plan.crops, m, size_px=slot.size_px, beyond_box=plan.beyond_box))
+            pixels.append(torch.from_numpy(batch))
+        return without_bad(plan, pixels, [int(source) for source, image in zip(sources, images, strict=True) if image is None])
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def decode(data: NDArray[np.uint8]) -> Image.Image:
+    """An RGB image from encoded bytes."""
+    with Image.open(io.BytesIO(data.data)) as image:
+        return image.convert("RGB")
+
+
+def render_crop(image: Image.Image, crops: Crops, m: int, *, size_px: int, beyond_box: bool = False) -> Image.Image:
+    """Crop `m` of `crops`, read from its decoded source."""
+    left, top, right, bottom = (float(edge) for edge in crops.box[m])
+    if beyond_box:
+        box = (max(left, 0.0), max(top, 0.0), min(right, float(image.width)), min(bottom, float(image.height)))
+        view = image.resize((size_px, size_px), Image.Resampling.BILINEAR, box=box)
+    else:
+        where = (round(top), round(left), round(bottom) - round(top), round(right) - round(left))
+        view = tv.resized_crop(image, *where, size=[size_px, size_px], interpolation=InterpolationMode.BILINEAR, antialias=True)
+    if crops.flip[m]:
+        view = tv.hflip(view)
+    for op in crops.order[m]:
+        if op == _HUE:
+            view = tv.adjust_hue(view, float(crops.hue[m])) if crops.hue[m] != 0 else view
+        elif crops.factors[m, op] != 1:
+            view = _ADJUST[op](view, float(crops.factors[m, op]))
+    if crops.grayscale[m]:
+        view = tv.to_grayscale(view, num_output_channels=3)
+    sigma = float(crops.blur_sigma[m])
+    if sigma > 0:
+        # A true Gaussian: beyond four sigma nothing is left. Reflection needs a radius below the side.
+        radius = min(math.ceil(4 * sigma), size_px - 1)
+        view = tv.to_pil_image(tv.gaussian_blur(tv.pil_to_tensor(view), [2 * radius + 1] * 2, [sigma] * 2))
+    return tv.solarize(view, 128) if crops.solarize[m] else view

@@ -1,0 +1,133 @@
+"""What a renderer takes and gives. Renderers: `reference` (PIL and torchvision), `cpu` (DALI and numba), `gpu` (one DALI graph)."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from orl_fast.config import LoaderConfig
+from orl_fast.console import log
+from orl_fast.errors import ConfigError
+from orl_fast.views.plan import Rows, ViewPlan
+
+_TRIALS = 3
+
+
+class ImageSource(Protocol):
+    """Encoded images by row: a ShardReader, or a PatchedSource."""
+
+    def view(self, i: int, /) -> NDArray[np.uint8]:
+        """The bytes of image `i`, without a copy."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """The views of a plan, without the samples of which a source could not be decoded.
+
+    Attributes:
+        batches: per slot, [B', 3, S, S] uint8, channels_last.
+        rows: [B'] int64, the images rendered.
+        bad_rows: [B - B'] int64, the images dropped.
+        bad_sources: what could not be decoded: rows, and numbers of patches (see `Crops.source`).
+    """
+
+    batches: tuple[torch.Tensor, ...]
+    rows: Rows
+    bad_rows: Rows
+    bad_sources: Rows
+
+
+class Renderer(Protocol):
+    """Renders plans; safe to call from several threads."""
+
+    def render(self, plan: ViewPlan) -> Rendered: ...
+
+    def close(self) -> None: ...
+
+
+def without_bad(plan: ViewPlan, pixels: list[torch.Tensor], bad_sources: list[int]) -> Rendered:
+    """Drop the samples that needed a bad source, from every slot.
+
+    Args:
+        pixels: per slot, [B, S, S, 3] uint8.
+    """
+    bad = np.asarray(bad_sources, np.int64)
+    kept = ~np.isin(plan.crops.source, bad).reshape(len(plan.slots), len(plan.rows)).any(axis=0)
+    if not kept.all():
+        rows = torch.from_numpy(np.flatnonzero(kept))
+        pixels = [batch.index_select(0, rows.to(batch.device)) for batch in pixels]
+    return Rendered(
+        batches=tuple(batch.permute(0, 3, 1, 2) for batch in pixels), rows=plan.rows[kept], bad_rows=plan.rows[~kept], bad_sources=bad
+    )
+
+
+def distinct_sources(plan: ViewPlan) -> tuple[Rows, NDArray[np.int64]]:
+    """The images that a plan reads, each once, and for each crop the place of its source among them."""
+    sources: Any
+    sources, places = np.unique(plan.crops.source, return_inverse=True)
+    return sources, places
+
+
+def choose_renderer(
+    source: ImageSource, loader: LoaderConfig, *, trial: ViewPlan, device: torch.device | None = None, num_threads: int = 0
+) -> Renderer:
+    """Open the renderer that `loader.renderer` names; "auto": the faster one here, measured on a GPU machine, and says why.
+
+    Args:
+        trial: a typical plan, to measure with.
+        device: where training runs; None or a CPU: the GPU is not asked.
+        num_threads: unless `loader.num_threads` says otherwise; 0: all cores of this process.
+    Raises:
+        ConfigError: "gpu" without a CUDA device.
+    """
+    on_gpu = device is not None and device.type == "cuda"
+    threads = loader.num_threads or num_threads or len(os.sched_getaffinity(0))
+
+    def open_one(kind: str) -> Renderer:
+        if kind == "reference":
+            from orl_fast.views.reference import ReferenceRenderer
+
+            return ReferenceRenderer(source)
+        if kind == "cpu":
+            from orl_fast.views.cpu import CpuRenderer
+
+            return CpuRenderer(source, num_threads=threads)
+        from orl_fast.views.gpu import DaliRenderer
+
+        if kind == "dali-cpu":
+            return DaliRenderer(source, num_threads=threads)
+        if not on_gpu:
+            raise ConfigError("loader.renderer = gpu: this run has no CUDA device; use loader.renderer=cpu or auto")
+        return DaliRenderer(source, num_threads=threads, device=device, hw_decoder_load=loader.hw_decoder_load)
+
+    if loader.renderer != "auto":
+        return open_one(loader.renderer)
+    if not on_gpu:
+        return open_one("cpu")
+    return _faster({kind: open_one(kind) for kind in ("cpu", "gpu")}, trial)
+
+
+def _faster(renderers: dict[str, Renderer], trial: ViewPlan) -> Renderer:
+    rates: dict[str, float] = {}
+    for kind, renderer in renderers.items():
+        renderer.render(trial)  # compiles, allocates, warms up
+        seconds = []
+        for _ in range(_TRIALS):
+            start_s = time.perf_counter()
+            renderer.render(trial)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start_s)
+        rates[kind] = len(trial.rows) / min(seconds)
+    best = max(rates, key=lambda kind: rates[kind])
+    for kind, renderer in renderers.items():
+        if kind != best:
+            renderer.close()
+    measured = ", ".join(f"{kind} {rate:,.0f} samples/s" for kind, rate in rates.items())
+    log.info("views are rendered on the %s: measured %s (loader.renderer forces one)", best.upper(), measured)
+    return renderers[best]
