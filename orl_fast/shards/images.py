@@ -5,13 +5,22 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 JPEG_QUALITY = 95
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _MAX_SIDE_PX = 65_500  # libjpeg's limit
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all Huffman coded
 _STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
+_TURNS = {  # EXIF orientation → what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadImage(Exception):
@@ -59,7 +68,8 @@ def _packed(data: bytes) -> PackedImage:
         oddities = _oddities(image, data)
         if not oddities:
             return PackedImage(jpeg=data, width=image.width, height=image.height, reencoded=None)
-        upright = _eight_bit(ImageOps.exif_transpose(image))
+        turn = _TURNS.get(_orientation(image))
+        upright = _eight_bit(image if turn is None else image.transpose(turn))
     if max(upright.size) > _MAX_SIDE_PX:
         raise BadImage(f"too large: a side of {max(upright.size)} px, JPEG has at most {_MAX_SIDE_PX}")
     upright.info.clear()  # or Pillow copies comments into the JPEG
@@ -77,9 +87,16 @@ def _oddities(image: Image.Image, data: bytes) -> list[str]:
         odd.append("arithmetic-coded or lossless JPEG")
     if image.mode not in ("RGB", "L"):
         odd.append(image.mode)
-    if 1 < image.getexif().get(ExifTags.Base.Orientation, 1) <= 8:
+    if _orientation(image) in _TURNS:
         odd.append("EXIF rotation")
     return odd
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # garbage in the EXIF data is no reason to lose the picture
+        return 1
 
 
 def _check_structure(jpeg: bytes) -> int:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from orl_fast.console import progress
 from orl_fast.shards.images import BadImage, packed_image
 from orl_fast.shards.index import ShardIndex
 from orl_fast.shards.manifest import INDEX_NAME, MANIFEST_NAME, ShardEntry, fingerprint_of
-from orl_fast.shards.workers import run_in_workers
+from orl_fast.shards.workers import num_cores, run_in_workers
 
 _CHUNK_BYTES = 1 << 20
 
@@ -47,7 +46,7 @@ def verify_shards(folder: Path, *, fast: bool = False, decode: bool = False, num
     if any(fault.file.name == INDEX_NAME for fault in faults):
         return faults  # what it tells about the shards is of no use
     tasks = (_task(index, shard, fast=fast, decode=decode) for shard in range(index.num_shards))
-    workers = 1 if fast else min(num_workers or os.cpu_count() or 1, index.num_shards)
+    workers = 1 if fast else min(num_workers or num_cores(), index.num_shards)
     with progress("verify", total=index.num_shards, unit="shards") as advance:
         for found in run_in_workers(_shard_faults, tasks, num_workers=workers):
             faults += found

@@ -17,13 +17,18 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def run_in_workers(function: Callable[[Task], Result], tasks: Iterable[Task], *, num_workers: int) -> Iterator[Result]:
-    """Yield results as they come, in no fixed order. `num_workers` = 1 runs here; more start fresh processes, so that no lock is inherited.
+    """Yield results as they come, in no fixed order. One worker (or none) is this process; more are fresh processes.
 
     Raises:
         DataError: a worker process was killed.
     """
-    if num_workers == 1:
+    if num_workers <= 1:
         yield from map(function, tasks)
         return
     remaining = iter(tasks)

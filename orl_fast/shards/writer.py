@@ -3,12 +3,11 @@
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,13 @@ from orl_fast.shards.manifest import (
     fingerprint_of,
 )
 from orl_fast.shards.sources import ListedImage, Listing, find_sources, list_images
-from orl_fast.shards.workers import run_in_workers
+from orl_fast.shards.workers import num_cores, run_in_workers
 
 BLOCK_BYTES = 512
 DEFAULT_SHARD_SIZE = 256  # COCO's train2017: 463 shards of 42 MB, so that also small sets occupy several workers
 MAX_SHARD_BYTES = 256_000_000
 _MAX_FILE_BYTES = 1_000_000_000
+_CHOICE = "add --overwrite to replace it, or choose another folder with --out"
 
 
 def write_shards(
@@ -75,8 +75,9 @@ def write_shards(
     listing = list_images(found)
     _tell(listing)
     inputs = hashlib.sha256(f"{VERSION} {shard_size} {MAX_SHARD_BYTES} {JPEG_QUALITY} {listing.digest()}".encode()).hexdigest()
-    finished = _finished(out, inputs=inputs, overwrite=overwrite)
+    finished = None if overwrite else _finished(out, inputs=inputs)
     if finished is not None:
+        shutil.rmtree(out / WORK_NAME, ignore_errors=True)  # left where a run was killed after its last file
         log.info("%s: up to date, %d images in %d shards", out, finished.num_images, len(finished.shards))
         return finished
     tasks = list(_tasks(listing, out, shard_size=shard_size))
@@ -86,9 +87,8 @@ def write_shards(
         num_done = sum(len(task.images) for task in tasks) - sum(len(task.images) for task in waiting)
         if num_done:
             log.info("%s: goes on after %d of %d images", out, num_done, len(listing.images))
-        workers = min(num_workers or os.cpu_count() or 1, max(1, len(waiting)))
         with progress("pack", total=len(listing.images), unit="images", done=num_done) as advance:
-            for count in run_in_workers(_pack_shard, waiting, num_workers=workers):
+            for count in run_in_workers(_pack_shard, waiting, num_workers=min(num_workers or num_cores(), len(waiting))):
                 advance(count)
         return _finish(listing, tasks, out, inputs=inputs)
 
@@ -165,10 +165,9 @@ def _pack_shard(task: _Task) -> int:
                 continue
             about = {"file_name": image.file_name, "image_id": image.image_id, "width": packed.width, "height": packed.height}
             text = json.dumps(about).encode()
-            members = ((f"{image.key}.jpg", packed.jpeg), (f"{image.key}.json", text))
-            starts = [add(name, data) for name, data in members]
-            lines.append(dali_line((name, start, len(data)) for (name, data), start in zip(members, starts, strict=True)))
-            rows.append((starts[0], len(packed.jpeg), image.image_id, 0, task.number, packed.height, packed.width, image.source))
+            jpeg_at, text_at = add(f"{image.key}.jpg", packed.jpeg), add(f"{image.key}.json", text)
+            lines.append(f"jpg {jpeg_at} {len(packed.jpeg)} {image.key}.jpg json {text_at} {len(text)} {image.key}.json")
+            rows.append((jpeg_at, len(packed.jpeg), image.image_id, 0, 0, packed.height, packed.width, image.source))
             names.append(f"{image.key}\0{image.file_name}")
             if packed.reencoded:
                 reencoded[packed.reencoded] += 1
@@ -177,7 +176,7 @@ def _pack_shard(task: _Task) -> int:
         file.write(ending)
         num_bytes = file.tell()
     with atomic_file(task.tar.with_suffix(".idx")) as file:
-        file.write(dali_index(lines).encode())
+        file.write("".join(f"{line}\n" for line in (f"v1.2 {len(lines)}", *lines)).encode())  # as DALI's wds2idx writes it
     report = {
         "shard": asdict(ShardEntry(name=task.tar.name, num_images=len(rows), num_bytes=num_bytes, sha256=digest.hexdigest())),
         "rows": rows,
@@ -187,10 +186,6 @@ def _pack_shard(task: _Task) -> int:
     }
     write_json(task.report, report)
     return len(task.images)
-
-
-def _has_size(path: Path, num_bytes: int) -> bool:
-    return path.is_file() and path.stat().st_size == num_bytes
 
 
 def _read(path: Path) -> bytes:
@@ -208,16 +203,6 @@ def tar_header(name: str, size: int) -> bytes:
     member.size = size
     member.mode = 0o444
     return member.tobuf(tarfile.USTAR_FORMAT)
-
-
-def dali_line(members: Iterator[tuple[str, int, int]]) -> str:
-    """One sample of DALI's index: extension, offset, size and name of each component."""
-    return " ".join(f"{name.partition('.')[2]} {start} {size} {name}" for name, start, size in members)
-
-
-def dali_index(lines: Sequence[str]) -> str:
-    """The text of a .idx file, version 1.2, as DALI's wds2idx writes it."""
-    return "".join(f"{line}\n" for line in (f"v1.2 {len(lines)}", *lines))
 
 
 def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> Manifest:
@@ -275,27 +260,19 @@ def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> 
     return manifest
 
 
-def _finished(out: Path, *, inputs: str, overwrite: bool) -> Manifest | None:
-    """The manifest of `out` if it was packed from the same inputs."""
+def _finished(out: Path, *, inputs: str) -> Manifest | None:
+    """The manifest of `out` if it was packed from the same inputs and nothing is lost."""
     if not (out / MANIFEST_NAME).exists():
         return None
-    try:
-        manifest = Manifest.read(out)
-    except DataError:
-        if overwrite:
-            return None
-        raise
-    if manifest.inputs == inputs:
-        tables_there = (out / INDEX_NAME).is_file() and (out / NAMES_NAME).is_file()
-        if tables_there and all(_has_size(out / shard.name, shard.num_bytes) for shard in manifest.shards):
-            return manifest
-        log.warning("%s: files are missing or cut short; packing again", out)
-        return None
-    if overwrite:
-        return None
-    raise StaleError(
-        f"{out}: was packed from other images or with other settings; add --overwrite to replace it, or choose another folder with --out"
-    )
+    manifest = Manifest.read(out)
+    if manifest.inputs != inputs:
+        raise StaleError(f"{out}: was packed from other images or with other settings; {_CHOICE}")
+    sizes = {entry.name: entry.stat().st_size for entry in out.iterdir()}
+    lost = [name for name in (INDEX_NAME, NAMES_NAME) if name not in sizes]
+    lost += [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.num_bytes]
+    if lost:
+        log.warning("%s: %s is missing or cut short; packing again", out, lost[0])
+    return None if lost else manifest
 
 
 @contextmanager
@@ -319,29 +296,28 @@ def _work_folder(out: Path, *, inputs: str, overwrite: bool) -> Iterator[None]:
             raise DataError(f"{out}: another orl-fast shard is writing here; wait for it, or choose another folder with --out") from error
         try:
             plan = work / "inputs"
-            if not plan.exists() or plan.read_text() != inputs:
-                if plan.exists() and not overwrite:
-                    raise StaleError(
-                        f"{out}: holds an unfinished packing of other images or settings; "
-                        "add --overwrite to replace it, or choose another folder with --out"
-                    )
+            planned = plan.read_text() if plan.exists() else None
+            finished = (out / MANIFEST_NAME).exists()
+            if planned not in (None, inputs) and not finished and not overwrite:
+                raise StaleError(f"{out}: holds an unfinished packing of other images or settings; {_CHOICE}")
+            if planned != inputs or finished:
                 _clear(out)
-                with atomic_file(plan) as file:
-                    file.write(inputs.encode())
+                plan.write_text(inputs)
             yield
             shutil.rmtree(work)
         except BaseException:
             if not any(work.glob("*.json")):
                 _clear(out)
                 shutil.rmtree(work)
-                for folder in created:
-                    folder.rmdir()
+                with suppress(OSError):  # someone else may have put something there
+                    for folder in created:
+                        folder.rmdir()
             raise
 
 
 def _clear(out: Path) -> None:
     """Remove another packing, its manifest first; what orl-fast shard did not write stays."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
-    for pattern in ("images-*.tar", "images-*.idx", "*.partial", INDEX_NAME, NAMES_NAME, f"{WORK_NAME}/*.json"):
+    for pattern in ("images-??????.tar", "images-??????.idx", "*.partial", INDEX_NAME, NAMES_NAME, f"{WORK_NAME}/*.json"):
         for path in out.glob(pattern):
             path.unlink()

@@ -69,6 +69,23 @@ def test_exif_rotation_is_baked_in(draw, encode, orientation):
 
 
 @pytest.mark.parametrize(
+    "exif",
+    [b"garbage", b"Exif\0\0", b"Exif\0\0garbage!", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\xff\xff"],
+)
+def test_garbage_in_the_metadata_costs_no_picture(draw, encode, exif):
+    jpeg = encode(draw(0), exif=exif)
+    assert packed_image(jpeg).jpeg == jpeg
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65_535])
+def test_unknown_orientations_are_no_rotation(draw, encode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    jpeg = encode(draw(0), exif=exif)
+    assert packed_image(jpeg).jpeg == jpeg
+
+
+@pytest.mark.parametrize(
     ("format_", "mode", "reason"),
     [
         ("PNG", "RGB", "PNG"),

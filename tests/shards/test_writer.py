@@ -133,6 +133,23 @@ def test_lost_files_are_packed_again(photos, packed):
     assert contents(packed) == before
 
 
+def test_overwriting_mends_what_only_verify_can_see(photos, packed):
+    before = contents(packed)
+    (packed / "images-000002.tar").write_bytes(bytes(len(before["images-000002.tar"])))
+    write_shards([photos], packed, shard_size=5, num_workers=1)
+    assert contents(packed) != before
+    write_shards([photos], packed, shard_size=5, num_workers=1, overwrite=True)
+    assert contents(packed) == before
+
+
+def test_a_run_killed_after_its_last_file_is_finished(photos, packed):
+    before = contents(packed)
+    (packed / ".work").mkdir()
+    (packed / ".work" / "000000.json").write_text("{}")
+    write_shards([photos], packed, shard_size=5, num_workers=1)
+    assert contents(packed) == before
+
+
 @pytest.mark.parametrize("change", ["added", "removed", "grown", "shard_size"])
 def test_other_inputs_are_refused_unless_overwritten(photos, packed, tmp_path, change):
     size = 5
