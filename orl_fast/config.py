@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from orl_fast.errors import ConfigError
 
 Compat = Literal["official", "paper"]
-RENDERERS = ("auto", "cpu", "gpu", "reference", "dali-cpu")
+Renderer = Literal["auto", "cpu", "gpu", "reference", "dali-cpu"]
+RENDERERS: tuple[str, ...] = typing.get_args(Renderer)
 
 
 def _check(ok: bool, message: str) -> None:
@@ -28,164 +29,158 @@ def _check(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ViewsConfig:
-    """How views are drawn (paper, appendix A). Probabilities and ranges hold two values: (first view, second view)."""
+@dataclass(frozen=True)
+class Range:
+    """What a number, or each number of a pair, may be; a pair must ascend where `ascending`."""
 
-    image_size_px: int = 224
-    patch_size_px: int = 96
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    flip_prob: float = 0.5
-    jitter_prob: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grayscale_prob: float = 0.2
-    blur_sigma_px: tuple[float, float] = (0.1, 2.0)
-    blur_prob: tuple[float, float] = (1.0, 0.1)
-    solarize_prob: tuple[float, float] = (0.0, 0.2)
-    roi_shift: float = 0.5  # of the RoI's sides, to either side
-    roi_area: tuple[float, float] = (0.5, 2.0)  # of the RoI's area
-    roi_aspect: tuple[float, float] = (0.5, 2.0)  # absolute, not relative to the RoI's own
-    roi_min_iou: float = 0.5  # not asked for with compat = "paper"
-    roi_attempts: int = 200
+    low: float = 0
+    high: float = math.inf
+    above: bool = False  # the low end itself is not allowed
+    ascending: bool = False
+
+    def check(self, value: Any, name: str) -> None:
+        parts = value if isinstance(value, tuple) else (value,)
+        wording = f"use {'above ' if self.above else ''}{self.low:g}" + (" or more" if self.high == math.inf else f" to {self.high:g}")
+        _check(
+            all(self.low <= part <= self.high and not (self.above and part == self.low) for part in parts), f"{name} = {value}: {wording}"
+        )
+        _check(not self.ascending or list(parts) == sorted(parts), f"{name} = {value}: write the smaller number first")
+
+
+Count = Annotated[int, Range(1)]
+SizePx = Annotated[int, Range(8, 2048)]
+Prob = Annotated[float, Range(0, 1)]
+ProbPair = Annotated[tuple[float, float], Range(0, 1)]
+Span = Annotated[tuple[float, float], Range(above=True, ascending=True)]
+Weight = Annotated[float, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+
+
+class _Section:
+    """Checks every field that is annotated with a Range."""
 
     def __post_init__(self) -> None:
-        _check(8 <= self.image_size_px <= 2048, f"views.image_size_px = {self.image_size_px}: use 8 to 2048 px")
-        _check(8 <= self.patch_size_px <= 2048, f"views.patch_size_px = {self.patch_size_px}: use 8 to 2048 px")
-        for name in ("flip_prob", "jitter_prob", "grayscale_prob", "blur_prob", "solarize_prob", "roi_min_iou"):
-            value = getattr(self, name)
-            parts = value if isinstance(value, tuple) else (value,)
-            _check(all(0 <= part <= 1 for part in parts), f"views.{name} = {value}: use 0 to 1")
-        for name in ("crop_area", "crop_aspect", "roi_area", "roi_aspect", "blur_sigma_px"):
-            low, high = getattr(self, name)
-            _check(0 < low <= high, f"views.{name} = {(low, high)}: use two positive numbers, the smaller first")
-        _check(self.crop_area[1] <= 1, f"views.crop_area = {self.crop_area}: a crop cannot exceed the image (1.0)")
-        for name in ("brightness", "contrast", "saturation", "roi_shift"):
-            _check(0 <= getattr(self, name) <= 1, f"views.{name} = {getattr(self, name)}: use 0 to 1")
-        _check(0 <= self.hue <= 0.5, f"views.hue = {self.hue}: use 0 to 0.5 turns")
-        _check(self.blur_sigma_px[1] <= 8, f"views.blur_sigma_px = {self.blur_sigma_px}: use at most 8 px")
-        _check(self.roi_attempts >= 1, f"views.roi_attempts = {self.roi_attempts}: use 1 or more")
+        section = type(self).__name__.removesuffix("Config").lower()
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            for limit in getattr(hint, "__metadata__", ()):
+                limit.check(getattr(self, name), f"{section}.{name}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ViewsConfig(_Section):
+    """How views are drawn (paper, appendix A). Probabilities hold two values: for the first view and for the second."""
+
+    image_size_px: SizePx = 224
+    patch_size_px: SizePx = 96
+    crop_area: Annotated[tuple[float, float], Range(0, 1, above=True, ascending=True)] = (0.08, 1.0)
+    crop_aspect: Span = (3 / 4, 4 / 3)
+    flip_prob: Prob = 0.5
+    jitter_prob: Prob = 0.8
+    brightness: Prob = 0.4
+    contrast: Prob = 0.4
+    saturation: Prob = 0.2
+    hue: Annotated[float, Range(0, 0.5)] = 0.1  # turns
+    grayscale_prob: Prob = 0.2
+    blur_sigma_px: Annotated[tuple[float, float], Range(0, 8, above=True, ascending=True)] = (0.1, 2.0)
+    blur_prob: ProbPair = (1.0, 0.1)
+    solarize_prob: ProbPair = (0.0, 0.2)
+    roi_shift: Prob = 0.5  # of the RoI's sides, to either side
+    roi_area: Span = (0.5, 2.0)  # of the RoI's area
+    roi_aspect: Span = (0.5, 2.0)  # absolute, not relative to the RoI's own
+    roi_min_iou: Prob = 0.5  # not asked for with compat = "paper"
+    roi_attempts: Count = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Section):
     """Backbone (any torchvision classifier that gives a feature map) and the widths of the heads."""
 
     backbone: str = "resnet50"
-    projector_hidden: int = 4096
-    projector_out: int = 256
-    predictor_hidden: int = 4096
-
-    def __post_init__(self) -> None:
-        for name in ("projector_hidden", "projector_out", "predictor_hidden"):
-            _check(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: use 1 or more")
+    projector_hidden: Count = 4096
+    projector_out: Count = 256
+    predictor_hidden: Count = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrlConfig:
+class OrlConfig(_Section):
     """Loss weights of the three terms (paper, equation 5). A term whose weight is 0 is neither drawn nor computed."""
 
-    image_weight: float = 1.0
-    intra_weight: float = 1.0
-    inter_weight: float = 1.0
+    image_weight: Weight = 1.0
+    intra_weight: Weight = 1.0
+    inter_weight: Weight = 1.0
 
     def __post_init__(self) -> None:
-        weights = (self.image_weight, self.intra_weight, self.inter_weight)
-        _check(all(weight >= 0 for weight in weights), f"orl: weights {weights} must not be negative")
-        _check(any(weights), "orl: image_weight, intra_weight and inter_weight are all 0, so nothing would be learnt; set one")
+        super().__post_init__()
+        some = any((self.image_weight, self.intra_weight, self.inter_weight))
+        _check(some, "orl: image_weight, intra_weight and inter_weight are all 0, so nothing would be learnt; set one")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(_Section):
     """SGD with linear warm-up and cosine decay, and the momentum of the target network."""
 
-    lr_per_256: float = 0.2  # learning rate = lr_per_256 * global batch / 256
-    momentum: float = 0.9
-    weight_decay: float = 1e-4  # on all parameters, batch norm and biases included
-    warmup_epochs: float = 4.0
+    lr_per_256: Annotated[float, Range(0, above=True)] = 0.2  # learning rate = lr_per_256 * global batch / 256
+    momentum: Prob = 0.9
+    weight_decay: Weight = 1e-4  # on all parameters, batch norm and biases included
+    warmup_epochs: Weight = 4.0
     cosine: Literal["epoch", "step"] = "epoch"  # the reference steps its cosine once per epoch
-    ema_momentum: float = 0.99  # at step 0; rises to 1 at the last step
-
-    def __post_init__(self) -> None:
-        _check(self.lr_per_256 > 0, f"optim.lr_per_256 = {self.lr_per_256}: use a positive number")
-        _check(0 <= self.momentum < 1, f"optim.momentum = {self.momentum}: use 0 to below 1")
-        _check(self.weight_decay >= 0, f"optim.weight_decay = {self.weight_decay}: use 0 or more")
-        _check(self.warmup_epochs >= 0, f"optim.warmup_epochs = {self.warmup_epochs}: use 0 or more")
-        _check(0 <= self.ema_momentum <= 1, f"optim.ema_momentum = {self.ema_momentum}: use 0 to 1")
+    ema_momentum: Prob = 0.99  # at step 0; rises to 1 at the last step
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(_Section):
     """The run: length, batch, numerics, checkpoints and logs."""
 
-    epochs: int = 800
-    batch_size: int = 512  # global: over all ranks and accumulated micro-batches
-    accumulate: int = 1  # micro-batches per optimiser step and rank
-    seed: int = 0
+    epochs: Count = 800
+    batch_size: Count = 512  # global: over all ranks and accumulated micro-batches
+    accumulate: Count = 1  # micro-batches per optimizer step and rank
+    seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU, fp32 on the CPU
     channels_last: bool = True
     compile: bool = False
     sync_bn: bool = True  # batch statistics over all ranks
     joined_views: bool = False  # one forward pass per view size; departs from the paper: batch statistics are shared by both views
-    log_every_steps: int = 50
-    checkpoint_every_epochs: int = 10
-    keep_every_epochs: int = 0  # also keep epoch-NNNN.pt this often; 0: only the latest
+    log_every_steps: Count = 50
+    checkpoint_every_epochs: Count = 10
+    keep_every_epochs: Annotated[int, Range(0)] = 0  # also keep epoch-NNNN.pt this often; 0: only the latest
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every_steps", "checkpoint_every_epochs"):
-            _check(getattr(self, name) >= 1, f"train.{name} = {getattr(self, name)}: use 1 or more")
-        _check(self.keep_every_epochs >= 0, f"train.keep_every_epochs = {self.keep_every_epochs}: use 0 or more")
-        _check(0 <= self.seed < 2**32, f"train.seed = {self.seed}: use 0 to 2**32 - 1")
-        _check(
-            self.batch_size % self.accumulate == 0,
-            f"train.batch_size = {self.batch_size} is not a multiple of train.accumulate = {self.accumulate}; change one",
-        )
+        super().__post_init__()
+        odd = self.batch_size % self.accumulate
+        _check(not odd, f"train.batch_size = {self.batch_size} is not a multiple of train.accumulate = {self.accumulate}; change one")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
+class LoaderConfig(_Section):
     """Who renders the views and with how many hands. Nothing here changes what is rendered, only how fast."""
 
-    renderer: Literal["auto", "cpu", "gpu", "reference", "dali-cpu"] = "auto"
-    num_threads: int = 0  # 0: the cores of this process, shared among its node's ranks
-    prefetch: int = 2  # batches rendered ahead
-    hw_decoder_load: float = 0.65  # share of JPEGs for the GPU's hardware decoder
+    renderer: Renderer = "auto"
+    num_threads: Annotated[int, Range(0)] = 0  # 0: the cores of this process, shared among its node's ranks
+    prefetch: Count = 2  # batches rendered ahead
+    hw_decoder_load: Prob = 0.65  # share of JPEGs for the GPU's hardware decoder
     use_patches: bool = True  # partner patches from patches-*.tar where they were packed
-
-    def __post_init__(self) -> None:
-        _check(self.num_threads >= 0, f"loader.num_threads = {self.num_threads}: use 0 (automatic) or more")
-        _check(self.prefetch >= 1, f"loader.prefetch = {self.prefetch}: use 1 or more")
-        _check(0 <= self.hw_decoder_load <= 1, f"loader.hw_decoder_load = {self.hw_decoder_load}: use 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiningConfig:
+class MiningConfig(_Section):
     """Stage 2: correspondence discovery (paper, section 3.2; appendix B)."""
 
-    resize_px: int = 256  # image features: Resize, then CenterCrop
-    crop_px: int = 224
-    num_neighbors: int = 10
+    resize_px: SizePx = 256  # image features: Resize, then CenterCrop
+    crop_px: SizePx = 224
+    num_neighbors: Count = 10
     proposals: Literal["fast", "opencv", "coco-annotations"] = "fast"
-    min_side_px: int = 96
-    max_aspect: float = 3.0
-    max_iou: float = 0.5
-    max_rois: int = 100
-    roi_size_px: int = 224  # RoI features
-    pair_ratio: float = 0.1
-    encode_batch: int = 256  # views encoded at once
-    proposal_seed: int = 0  # of the order of proposals
+    min_side_px: Count = 96
+    max_aspect: Annotated[float, Range(1)] = 3.0
+    max_iou: Prob = 0.5
+    max_rois: Count = 100
+    roi_size_px: SizePx = 224  # RoI features
+    pair_ratio: Annotated[float, Range(0, 1, above=True)] = 0.1
+    encode_batch: Count = 256  # views encoded at once
+    proposal_seed: Seed = 0  # of the order of proposals
 
     def __post_init__(self) -> None:
-        for name in ("resize_px", "crop_px", "num_neighbors", "min_side_px", "max_rois", "roi_size_px", "encode_batch"):
-            _check(getattr(self, name) >= 1, f"mining.{name} = {getattr(self, name)}: use 1 or more")
+        super().__post_init__()
         _check(self.crop_px <= self.resize_px, f"mining.crop_px = {self.crop_px} exceeds mining.resize_px = {self.resize_px}")
-        _check(self.max_aspect >= 1, f"mining.max_aspect = {self.max_aspect}: use 1 or more")
-        _check(0 <= self.max_iou <= 1, f"mining.max_iou = {self.max_iou}: use 0 to 1")
-        _check(0 < self.pair_ratio <= 1, f"mining.pair_ratio = {self.pair_ratio}: use above 0 to 1")
-        _check(0 <= self.proposal_seed < 2**32, f"mining.proposal_seed = {self.proposal_seed}: use 0 to 2**32 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ def test_overrides_take_dotted_and_unique_bare_keys() -> None:
         ("train.epochs=0", "1 or more"),
         ("train.epochs=true", "use int"),
         ("views.crop_area=0.5", "2 numbers"),
-        ("views.crop_area=1,0.5", "smaller first"),
+        ("views.crop_area=1,0.5", "smaller number first"),
         ("optim.lr_per_256=inf", "finite"),
         ("loader.renderer=gpuu", "did you mean 'gpu'"),
         ("train.accumulate=7", "not a multiple"),
