@@ -1,0 +1,210 @@
+"""Hierarchical grouping of regions (Uijlings et al., IJCV 2013, section 3.1 and 3.2), in OpenCV's arithmetic.
+
+The two most similar neighbors merge until none are left; every region met on the way is a proposal. Sums run in float32 in the order of the
+bins and in the order color, fill, texture, size: the last bit decides between close pairs.
+"""
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+from numba import float32, int32, uint32, uint64
+
+from orl_fast.mining.descriptors import COLOR_BINS, TEXTURE_BINS, Atoms
+
+_COLOR, _TEXTURE = 3 * COLOR_BINS, 3 * 4 * 2 * TEXTURE_BINS
+_PARTS = _TEXTURE // (2 * TEXTURE_BINS)
+_NONE = np.uint32(0xFFFFFFFF)
+_QUARTER, _THIRD = np.float32(0.25), np.float32(0.3333)
+_BLOCK = 1024  # similarities whose maximum is kept, so that the search for the largest stays short
+
+Array = np.ndarray[Any, Any]
+
+
+def propose_regions(atoms: Atoms, region_of_atom: Array, num_regions: int, area: int) -> tuple[Array, Array]:
+    """All proposals of one segmentation under both strategies: boxes [P, 4] int32 xyxy and levels [P] int32, leaves first."""
+    regions = _sum_atoms(atoms.counts, atoms.zero_bins, atoms.sizes, atoms.boxes, atoms.pairs, region_of_atom, num_regions)
+    boxes, levels = zip(*(_group(*regions, area, with_color) for with_color in (True, False)), strict=True)
+    return np.concatenate(boxes), np.concatenate(levels)
+
+
+@nb.njit(cache=True, nogil=True)
+def _sum_atoms(
+    counts: Array, zero_bins: Array, atom_sizes: Array, atom_boxes: Array, atom_pairs: Array, region_of_atom: Array, num_regions: int
+) -> tuple[Array, Array, Array, Array]:
+    """Histograms [R, 75 + 240] float32, sizes [R], boxes [R, 4] and adjacent pairs [E] of the regions of one segmentation."""
+    totals = np.zeros((num_regions, counts.shape[1]), np.int32)
+    sizes = np.zeros(num_regions, np.int32)
+    boxes = np.empty((num_regions, 4), np.int32)
+    boxes[:, :2], boxes[:, 2:] = 2**31 - 1, 0
+    for atom in range(len(region_of_atom)):
+        region = region_of_atom[atom]
+        total, count = totals[region], counts[atom]
+        for i in range(len(count)):
+            total[i] += count[i]
+        sizes[region] += atom_sizes[atom]
+        box, part = boxes[region], atom_boxes[atom]
+        box[0], box[1], box[2], box[3] = min(box[0], part[0]), min(box[1], part[1]), max(box[2], part[2]), max(box[3], part[3])
+    histograms = np.empty((num_regions, _COLOR + _TEXTURE), np.float32)
+    texture = np.empty(_TEXTURE, np.int32)
+    for region in range(num_regions):
+        histogram, total = histograms[region], totals[region]
+        weight = float32(0)
+        for i in range(_COLOR):
+            weight += float32(total[i])
+        for i in range(_COLOR):
+            histogram[i] = float32(total[i]) / weight
+        texture[:] = 0
+        for part in range(_PARTS):  # a pixel in the positive part counts as 0 in the negative part, and the other way round
+            signed, unfolded = total[_COLOR + 20 * part :], texture[20 * part : 20 * part + 20]
+            for i in range(TEXTURE_BINS):
+                positive, negative = signed[i], signed[TEXTURE_BINS + i]
+                unfolded[i] += positive
+                unfolded[0] += negative
+                unfolded[TEXTURE_BINS + i] += negative
+                unfolded[TEXTURE_BINS + zero_bins[part]] += positive
+        weight = float32(2 * _PARTS * sizes[region])
+        for i in range(_TEXTURE):
+            histogram[_COLOR + i] = float32(texture[i]) / weight
+    pairs, n = np.empty_like(atom_pairs), 0
+    for pair in atom_pairs:
+        one, other = region_of_atom[pair >> uint64(32)], region_of_atom[pair & uint64(0xFFFFFFFF)]
+        if one != other:
+            pairs[n] = (uint64(min(one, other)) << uint64(32)) | uint64(max(one, other))
+            n += 1
+    return histograms, sizes, boxes, np.unique(pairs[:n])
+
+
+@nb.njit(cache=True, nogil=True)
+def _intersection(one: Array, other: Array) -> float:
+    total = float32(0)
+    for i in range(len(one)):
+        total += one[i] if one[i] < other[i] else other[i]
+    return total
+
+
+@nb.njit(cache=True, nogil=True)
+def _similarity(a: int, b: int, histograms: Array, sizes: Array, boxes: Array, area: int, with_color: bool) -> float:
+    """Equation 6: texture, size and fill, with color or without, averaged."""
+    one, other, pixels = boxes[a], boxes[b], sizes[a] + sizes[b]
+    hull = (max(one[2], other[2]) - min(one[0], other[0])) * (max(one[3], other[3]) - min(one[1], other[1]))
+    size = max(float32(1) - float32(pixels) / float32(area), float32(0))
+    fill = max(min(float32(1) - float32(hull - pixels) / float32(area), float32(1)), float32(0))
+    texture = _intersection(histograms[a, _COLOR:], histograms[b, _COLOR:])
+    if with_color:
+        color = _intersection(histograms[a, :_COLOR], histograms[b, :_COLOR])
+        return _QUARTER * color + _QUARTER * fill + _QUARTER * texture + _QUARTER * size
+    return (_THIRD * fill + _THIRD * texture + _THIRD * size) / (_THIRD + _THIRD + _THIRD)
+
+
+@nb.njit(cache=True, nogil=True)
+def _merge(a: int, b: int, into: int, histograms: Array, sizes: Array, boxes: Array) -> None:
+    """Histograms merge weighted by size (section 3.2)."""
+    weight_a, weight_b, weight = float32(sizes[a]), float32(sizes[b]), float32(sizes[a] + sizes[b])
+    one, other, merged = histograms[a], histograms[b], histograms[into]
+    for i in range(len(merged)):
+        merged[i] = (one[i] * weight_a + other[i] * weight_b) / weight
+    x0, y0 = min(boxes[a, 0], boxes[b, 0]), min(boxes[a, 1], boxes[b, 1])
+    x1, y1 = max(boxes[a, 2], boxes[b, 2]), max(boxes[a, 3], boxes[b, 3])
+    boxes[into, 0], boxes[into, 1], boxes[into, 2], boxes[into, 3] = x0, y0, x1, y1
+    sizes[into] = sizes[a] + sizes[b]
+
+
+@nb.njit(cache=True, nogil=True)
+def _link(links, head, region, half):  # type: ignore[no-untyped-def]
+    """Put a half-edge at the head of a region's list; links: [2 E, 2] next and previous."""
+    links[half, 0], links[half, 1] = head[region], _NONE
+    if head[region] != _NONE:
+        links[head[region], 1] = half
+    head[region] = half
+
+
+@nb.njit(cache=True, nogil=True)
+def _unlink(links, head, region, half):  # type: ignore[no-untyped-def]
+    following, previous = links[half, 0], links[half, 1]
+    if following != _NONE:
+        links[following, 1] = previous
+    if previous != _NONE:
+        links[previous, 0] = following
+    else:
+        head[region] = following
+
+
+@nb.njit(cache=True, nogil=True)
+def _refresh_peak(peaks: Array, bits: Array, block: int) -> None:
+    peak = int32(-1)
+    for value in bits[block * _BLOCK : (block + 1) * _BLOCK]:
+        peak = max(peak, value)
+    peaks[block] = peak
+
+
+@nb.njit(cache=True, nogil=True)
+def _most_similar(peaks: Array, bits: Array) -> int:
+    """The edge with the largest similarity, the first of equals; -1 if none is left. Floats >= 0 order like their bits."""
+    block = np.argmax(peaks)
+    if peaks[block] < 0:
+        return -1
+    edge = block * _BLOCK
+    while bits[edge] != peaks[block]:
+        edge += 1
+    return edge
+
+
+@nb.njit(cache=True, nogil=True)
+def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: int, with_color: bool) -> tuple[Array, Array]:
+    """Merge until no neighbors are left (algorithm 1): boxes [2 R - 1, 4] and levels, leaves first, then merges in order.
+
+    Edges lie in fixed slots; half-edge 2 e belongs to one end of edge e, 2 e + 1 to the other; each region has a list of its half-edges.
+    """
+    num_regions, num_edges = len(sizes), len(pairs)
+    histograms, sizes, boxes = histograms.copy(), sizes.copy(), boxes.copy()
+    levels = np.ones(num_regions, np.int32)
+    all_boxes, all_levels = np.empty((2 * num_regions, 4), np.int32), np.ones(2 * num_regions, np.int32)
+    all_boxes[:num_regions] = boxes
+    n = num_regions
+    num_blocks = max(1, (num_edges + _BLOCK - 1) // _BLOCK)
+    ends, links = np.empty(2 * num_edges, np.uint32), np.empty((2 * num_edges, 2), np.uint32)
+    head, seen = np.full(num_regions, _NONE), np.full(num_regions, -1)
+    similarities = np.empty(num_blocks * _BLOCK, np.float32)
+    bits, peaks = similarities.view(np.int32), np.empty(num_blocks, np.int32)
+    bits[:] = -1
+    for edge in range(num_edges):
+        a, b = uint32(pairs[edge] >> uint64(32)), uint32(pairs[edge] & uint64(0xFFFFFFFF))
+        ends[2 * edge], ends[2 * edge + 1] = a, b
+        _link(links, head, a, uint32(2 * edge))
+        _link(links, head, b, uint32(2 * edge + 1))
+        similarities[edge] = _similarity(a, b, histograms, sizes, boxes, area, with_color)
+    for block in range(num_blocks):
+        _refresh_peak(peaks, bits, block)
+    while True:
+        best = _most_similar(peaks, bits)
+        if best < 0:
+            return all_boxes[:n], all_levels[:n]
+        a, b = ends[2 * best], ends[2 * best + 1]
+        merged = min(a, b)
+        _merge(a, b, merged, histograms, sizes, boxes)
+        levels[merged] = max(levels[a], levels[b]) + 1
+        all_boxes[n], all_levels[n] = boxes[merged], levels[merged]
+        n += 1
+        lists = (head[a], head[b])
+        head[merged] = _NONE
+        for half in lists:
+            while half != _NONE:
+                following, other = links[half, 0], ends[half ^ uint32(1)]
+                edge = half >> uint32(1)
+                if edge == best or seen[other] == n:  # the merged edge itself, or a neighbor of both
+                    bits[edge] = -1
+                    _refresh_peak(peaks, bits, edge // _BLOCK)
+                    if edge != best:
+                        _unlink(links, head, other, half ^ uint32(1))
+                else:
+                    seen[other] = n
+                    ends[half] = merged
+                    _link(links, head, merged, half)
+                half = following
+        half = head[merged]
+        while half != _NONE:
+            edge = half >> uint32(1)
+            similarities[edge] = _similarity(merged, ends[half ^ uint32(1)], histograms, sizes, boxes, area, with_color)
+            _refresh_peak(peaks, bits, edge // _BLOCK)
+            half = links[half, 0]

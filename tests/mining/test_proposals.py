@@ -1,0 +1,113 @@
+"""Selective search against OpenCV's, on photographs and on images that break naive implementations."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orl_fast.errors import DataError
+from orl_fast.mining.proposals import selective_search
+from orl_fast.mining.selective_search import all_regions
+
+
+def _photo(path: Path, scale: float = 1.0) -> np.ndarray:
+    bgr = cv2.imread(str(path))
+    assert bgr is not None
+    return np.ascontiguousarray(cv2.resize(bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)[..., ::-1])
+
+
+def _set(boxes: np.ndarray) -> set[tuple[int, ...]]:
+    return {tuple(box) for box in boxes.tolist()}
+
+
+def _check(boxes: np.ndarray, height: int, width: int) -> None:
+    assert boxes.dtype == np.int16
+    assert len(boxes) >= 1
+    assert len(_set(boxes)) == len(boxes)
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert (boxes[:, 2] <= width).all()
+    assert (boxes[:, 3] <= height).all()
+
+
+def test_finds_opencvs_boxes_on_photographs(photo_paths: list[Path]) -> None:
+    for path in photo_paths[3:128:25]:
+        photo = _photo(path, 0.5)
+        assert _set(selective_search(photo, seed=1)) == _set(selective_search(photo, seed=1, backend="opencv")), path.name
+
+
+def test_finds_opencvs_boxes_on_a_panorama(photo_paths: list[Path]) -> None:
+    """Narrower than its turned bounding box, in either direction."""
+    photo = _photo(photo_paths[0], 0.7)[100:190]
+    for image in (photo, np.ascontiguousarray(photo.transpose(1, 0, 2))):
+        assert _set(selective_search(image, seed=1)) == _set(selective_search(image, seed=1, backend="opencv"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (2, 2), (2, 90), (16, 16), (16, 400), (120, 90)])
+def test_small_and_noise_images(shape: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    gray = np.ascontiguousarray(np.broadcast_to(noise[..., :1], noise.shape))
+    for image in (noise, gray, np.full_like(noise, 77), np.zeros_like(noise)):
+        boxes = selective_search(image, seed=0)
+        _check(boxes, *shape)
+        if image.min() == image.max():
+            assert boxes.tolist() == [[0, 0, shape[1], shape[0]]]
+
+
+def test_gray_photograph_as_opencv(photo_paths: list[Path]) -> None:
+    """Two channels have no gradient at all, where OpenCV divides by zero."""
+    gray = np.repeat(_photo(photo_paths[2], 0.5)[..., 1:2], 3, axis=2)
+    assert _set(selective_search(gray, seed=1)) == _set(selective_search(gray, seed=1, backend="opencv"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_boxes_are_inside_and_unique(height: int, width: int, cell: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // cell + 1, width // cell + 1, 3), dtype=np.uint8)
+    image = np.ascontiguousarray(coarse.repeat(cell, 0).repeat(cell, 1)[:height, :width])
+    _check(selective_search(image, seed=seed), height, width)
+
+
+def test_order_is_random_times_level(photo_paths: list[Path]) -> None:
+    photo = _photo(photo_paths[1], 0.5)
+    boxes, levels = all_regions(photo)
+    first = selective_search(photo, seed=5)
+    with ThreadPoolExecutor(3) as pool:
+        for again in pool.map(lambda _: selective_search(photo, seed=5), range(3)):
+            np.testing.assert_array_equal(again, first)
+    assert _set(first) == _set(boxes)
+    assert not np.array_equal(selective_search(photo, seed=6), first)
+    # P(a low region comes before a high one) for rank = u * level: among the leading fifth, low levels are over-represented as drawn
+    rng = np.random.default_rng(0)
+    lowest: dict[tuple[int, ...], list[int]] = {}
+    for box, level in zip(boxes.tolist(), levels.tolist(), strict=True):
+        lowest.setdefault(tuple(box), []).append(level)
+    own = [np.mean(lowest[tuple(box)]) for box in first.tolist()]
+    head = len(own) // 5
+    expected = []
+    for _ in range(200):
+        rank = rng.random(len(boxes)) * levels
+        order = list(dict.fromkeys(tuple(box) for box in boxes[np.argsort(rank)].tolist()))
+        expected.append(np.mean([np.mean(lowest[box]) for box in order[:head]]))
+    assert abs(np.mean(own[:head]) - np.mean(expected)) < 5 * np.std(expected)
+
+
+def test_opencv_backend_repeats_its_order(photo_paths: list[Path]) -> None:
+    photo = _photo(photo_paths[1], 0.4)
+    first = selective_search(photo, seed=5, backend="opencv")
+    np.testing.assert_array_equal(selective_search(photo, seed=5, backend="opencv"), first)
+    assert not np.array_equal(selective_search(photo, seed=6, backend="opencv"), first)
+
+
+def test_refuses_what_it_cannot_take() -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        selective_search(np.zeros((4, 4), np.uint8), seed=0)
+    with pytest.raises(DataError, match="40000 × 1"):
+        selective_search(np.zeros((1, 40000, 3), np.uint8), seed=0)
+    with pytest.raises(ValueError, match="backend"):
+        selective_search(np.zeros((4, 4, 3), np.uint8), seed=0, backend="slow")  # type: ignore[arg-type]
