@@ -17,6 +17,7 @@ from orl_fast.philox import uniform
 from orl_fast.tables import BoxTable
 
 _BLOCK = 32  # kept boxes compared at once: enough for vector registers, few enough to stop early
+_MAX_PX = 32767  # what int16 holds; no box reaches beyond
 _VIEWS = ViewsConfig()
 
 
@@ -307,7 +308,7 @@ def _filter_table_kernel(arrays, min_side, max_aspect, max_iou, start, stop):  #
     """Filter images start … stop - 1: image i's RoIs go to out[room[i]:], their number to counts[i]."""
     boxes, offsets, heights, widths, room, out, counts = arrays
     for image in range(start, stop):
-        height, width = heights[image], widths[image]
+        height, width = min(heights[image], _MAX_PX), min(widths[image], _MAX_PX)
         clipped = np.empty((max(1, offsets[image + 1] - offsets[image]), 4), np.int32)
         clipped[0] = np.array((0, 0, width, height), np.int32)
         for i in range(offsets[image + 1] - offsets[image]):

@@ -46,16 +46,13 @@ def new_table(path: Path, info: TableInfo) -> Iterator[Path]:
     """Yield a folder to write arrays into; it becomes the table `path` only when the block ends well."""
     with atomic_folder(path) as folder:
         yield folder
-        write_json(
-            folder / "table.json",
-            {
-                "format": FORMAT_VERSION,
-                "kind": info.kind,
-                "fingerprint": info.fingerprint,
-                "made_from": dict(info.made_from),
-                "settings": dict(info.settings),
-            },
-        )
+        write_info(folder, info)
+
+
+def write_info(folder: Path, info: TableInfo) -> None:
+    """Write table.json, last of all, into a folder that holds the table's arrays."""
+    about = {"kind": info.kind, "fingerprint": info.fingerprint, "made_from": dict(info.made_from), "settings": dict(info.settings)}
+    write_json(folder / "table.json", {"format": FORMAT_VERSION, **about})
 
 
 def table_info(path: Path) -> TableInfo | None:

@@ -1,0 +1,372 @@
+"""Stage 2, correspondence discovery, as a chain of steps (paper, section 3.2).
+
+    features → neighbors ─┐
+    proposals → rois ─────┴→ pairs (RoI features first) → patches (on request)
+
+Each step makes one table below `mined/`, shard by shard, and is skipped when its table is up to date. What it builds on must be there and
+made from the same images and the same checkpoint.
+"""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from orl_fast.config import Config
+from orl_fast.console import human_time, log, log_to_file, progress
+from orl_fast.errors import DataError, StaleError
+from orl_fast.mining.features import write_image_features, write_roi_features
+from orl_fast.mining.neighbors import EXACT_LIMIT, find_neighbors
+from orl_fast.mining.objects import annotation_files, digest_files, object_boxes
+from orl_fast.mining.pairs import PairMiner, RoiFeatures
+from orl_fast.mining.parts import ShardedTable, Share, array_writer, join_arrays
+from orl_fast.mining.patches import PatchPacker, partner_rois
+from orl_fast.mining.rois import COUNTS, Proposer, filter_shards, join_boxes, save_boxes
+from orl_fast.models import Encoder, load_encoder
+from orl_fast.shards import ShardIndex, ShardReader
+from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, new_table, open_array, open_info, table_info
+from orl_fast.views.plan import PATCH_SIDE_PX, center_crops
+from orl_fast.views.renderer import Renderer, choose_renderer
+
+STEPS = ("features", "neighbors", "proposals", "rois", "pairs")
+IMPORTED = "imported"  # a setting of tables that `orl-fast import` wrote; mining keeps them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What stage 2 works on and with.
+
+    Attributes:
+        folder: where the tables go, `mined/` of the shard folder.
+        config: `mining`, `compat` and `loader` are used.
+        checkpoint: of stage 1; proposals and RoIs do without.
+        annotations: file for the proposals "coco-annotations"; None: the one recorded when the images were packed.
+        keep_imported: leave imported proposals and RoIs as they are; False: replace them by proposals of our own.
+        exact_limit: more images than this are searched by an approximate index.
+        share: this process among several.
+    """
+
+    index: ShardIndex
+    folder: Path
+    config: Config
+    checkpoint: Path
+    annotations: Path | None = None
+    keep_imported: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    num_workers: int = 1
+    exact_limit: int = EXACT_LIMIT
+    share: Share = field(default_factory=Share)
+    times_s: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def num_neighbors(self) -> int:
+        """As configured, but all others where there are fewer images."""
+        wanted, there = self.config.mining.num_neighbors, len(self.index) - 1
+        if there < 1:
+            raise DataError(f"{self.index.path}: one image has no neighbors; pack more images")
+        if wanted > there and self.share.rank == 0:
+            log.warning("%d images: each has %d neighbors, not %d", there + 1, there, wanted)
+        return min(wanted, there)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return load_encoder(self.checkpoint).to(self.device)
+
+    def run(self, steps: Sequence[str] = STEPS) -> None:
+        """Make the tables of these steps, in order; "patches" may be among them.
+
+        Raises:
+            MissingStageError, StaleError: what a step builds on is missing or made from other inputs.
+        """
+        with self._alone_here():
+            for step in steps:
+                start_s = time.monotonic()
+                getattr(self, f"_make_{step}")()
+                self.times_s[step] = time.monotonic() - start_s
+
+    def summary(self) -> list[str]:
+        """What was mined, in a few lines."""
+        lines = []
+        if table_info(self.folder / "rois") is not None:
+            counts = BoxTable.open(self.folder / "rois").counts
+            lines.append(f"RoIs per image: {counts.mean():.1f} on average, {counts.min()} to {counts.max()}")
+        if "pairs" in self.times_s and table_info(self.folder / "pairs") is not None:
+            pairs = PairTable.open(self.folder / "pairs")
+            similarity = float(pairs.similarities.mean(dtype=np.float64))
+            lines.append(f"pairs: {len(pairs.similarities):,} with {pairs.neighbors.shape[1]} neighbors, mean similarity {similarity:.3f}")
+        lines.append("time: " + ", ".join(f"{step} {human_time(time_s)}" for step, time_s in self.times_s.items()))
+        return lines
+
+    def info(self, step: str) -> TableInfo:
+        """The table of a step, checked against the images, the checkpoint and the tables it was made from."""
+        made_from = {"index": self.index.fingerprint}
+        found = table_info(self.folder / step)
+        if found is not None and IMPORTED in found.settings:
+            return open_info(self.folder / step, step, made_from=made_from, remedy="orl-fast import again")
+        if step in ("features", "neighbors"):
+            made_from["encoder"] = self.encoder.fingerprint
+        if step == "rois" and table_info(self.folder / "proposals") is not None:
+            made_from["proposals"] = self.info("proposals").fingerprint
+        if step == "pairs":
+            made_from |= {name: self.info(name).fingerprint for name in ("neighbors", "rois")}
+        return open_info(self.folder / step, step, made_from=made_from, remedy=f"orl-fast mine {step}")
+
+    def _make_features(self) -> None:
+        if self._is_imported("neighbors"):
+            log.info("features: not needed, the neighbors were imported")
+            return
+        mining, folder = self.config.mining, self.folder / "features"
+        width = self.encoder.config.model.projector_out
+
+        def work(shards: list[int]) -> None:
+            with self._progress("features", shards) as advance, self._renderer() as renderer:
+                write_image_features(
+                    folder, shards, index=self.index, encoder=self.encoder, mining=mining, renderer=renderer,
+                    device=self.device, advance=advance,
+                )  # fmt: skip
+
+        def finish() -> None:
+            parts = (open_array(folder, f"features-{shard:06d}") for shard in range(self.index.num_shards))
+            join_arrays(folder / "features.npy", parts, shape=(len(self.index), width), dtype=np.float32)
+
+        info = self._describe("features", {"encoder": self.encoder.fingerprint}, resize_px=mining.resize_px, crop_px=mining.crop_px)
+        self._make(info, "features", work, finish)
+
+    def _make_neighbors(self) -> None:
+        num_neighbors, folder = self.num_neighbors, self.folder / "neighbors"
+        found = table_info(folder)
+        if self._is_imported("neighbors"):
+            self._require_imported(found, num_neighbors=num_neighbors)
+            return
+        features = self.info("features")
+        made_from = {"encoder": features.made_from["encoder"], "features": features.fingerprint}
+        exact = len(self.index) <= self.exact_limit
+        mined = int(found.settings.get("num_neighbors", 0)) if found else 0
+        # The first K of more neighbors are the K neighbors.
+        info = self._describe("neighbors", made_from, num_neighbors=max(num_neighbors, mined), exact=exact)
+        if found is None or found.fingerprint != info.fingerprint:
+            info = replace(info, settings={**info.settings, "num_neighbors": num_neighbors})
+        self._make_alone(info, lambda: self._write_neighbors(info))
+
+    def _write_neighbors(self, info: TableInfo) -> None:
+        features = open_array(self.folder / "features", "features")
+        shape = (len(features), int(info.settings["num_neighbors"]))
+        blocks = find_neighbors(
+            features, num_neighbors=shape[1], exact_limit=self.exact_limit, use_gpu=self.device.type == "cuda", num_threads=self.num_workers
+        )
+        first = next(blocks)  # before anything is written: there may be too few images
+        with (
+            new_table(self.folder / "neighbors", info) as folder,
+            array_writer(folder / "neighbors.npy", shape=shape, dtype=np.int64) as write_neighbors,
+            array_writer(folder / "similarities.npy", shape=shape, dtype=np.float32) as write_similarities,
+            progress("neighbors", total=shape[0], unit="images") as advance,
+        ):
+            for block in (first, *blocks):
+                write_neighbors(block.neighbors)
+                write_similarities(block.similarities)
+                advance(len(block.neighbors))
+
+    def _make_proposals(self) -> None:
+        if self.keep_imported and (self._is_imported("proposals") or self._is_imported("rois")):
+            log.info("proposals: imported, kept as they are")
+            return
+        mining, folder = self.config.mining, self.folder / "proposals"
+        if mining.proposals == "coco-annotations":
+            files = annotation_files(self.index, self.annotations)
+            info = self._describe("proposals", {"annotations": digest_files(files)}, backend=mining.proposals)
+            self._make(info, COUNTS, lambda shards: self._write_objects(folder, shards, files))
+            return
+        backend: Any = mining.proposals
+        proposer = Proposer(folder=folder, index=self.index, backend=backend, seed=mining.proposal_seed, num_workers=self.num_workers)
+
+        def work(shards: list[int]) -> None:
+            with self._progress("proposals", shards) as advance:
+                proposer.propose(shards, advance)
+
+        self._make(self._describe("proposals", {}, backend=backend, seed=mining.proposal_seed), COUNTS, work)
+
+    def _write_objects(self, folder: Path, shards: list[int], files: list[Path | None]) -> None:
+        boxes = object_boxes(self.index, files)
+        for shard in shards:
+            images = self.index.shard_rows(shard)
+            save_boxes(folder, shard, BoxTable.from_lists([boxes.of(image) for image in images]))
+
+    def _make_rois(self) -> None:
+        if self.keep_imported and self._is_imported("rois"):
+            log.info("rois: imported, kept as they are")
+            return
+        mining, folder = self.config.mining, self.folder / "rois"
+        limits = {name: getattr(mining, name) for name in ("min_side_px", "max_aspect", "max_iou", "max_rois")}
+
+        def work(shards: list[int]) -> None:
+            with self._progress("rois", shards) as advance:
+                filter_shards(
+                    folder, shards, index=self.index, proposals=self.folder / "proposals", mining=mining, num_threads=self.num_workers,
+                    advance=advance,
+                )  # fmt: skip
+
+        info = self._describe("rois", {"proposals": self.info("proposals").fingerprint}, **limits)
+        self._make(info, COUNTS, work, lambda: join_boxes(folder, index=self.index))
+
+    def _make_pairs(self) -> None:
+        mining, num_neighbors, folder = self.config.mining, self.num_neighbors, self.folder / "pairs"
+        found = table_info(folder)
+        if self.keep_imported and self._is_imported("pairs"):
+            self._require_imported(found, num_neighbors=num_neighbors)
+            return
+        neighbors, rois = self.info("neighbors"), self.info("rois")
+        if int(neighbors.settings["num_neighbors"]) < num_neighbors:
+            raise StaleError(
+                f"{self.folder / 'neighbors'}: holds {neighbors.settings['num_neighbors']} neighbors, {num_neighbors} are asked for; "
+                f"run orl-fast mine neighbors --neighbors {num_neighbors}"
+            )
+        made_from = {"encoder": self.encoder.fingerprint, "neighbors": neighbors.fingerprint, "rois": rois.fingerprint}
+        wanted = {"num_neighbors": num_neighbors, "pair_ratio": mining.pair_ratio, "compat": self.config.compat}
+        info = self._describe("pairs", made_from, roi_size_px=mining.roi_size_px, **wanted)
+        if found is not None and _serves(found, info):
+            info = found
+        if found is None or found.fingerprint != info.fingerprint:
+            self._make_roi_features(rois)
+        table = BoxTable.open(self.folder / "rois")
+        miner = PairMiner(
+            folder=folder,
+            index=self.index,
+            rois=table,
+            neighbors=NeighborTable.open(self.folder / "neighbors").neighbors[:, :num_neighbors],
+            features=RoiFeatures(self.folder / "roi-features", self.index, table),
+            pair_ratio=mining.pair_ratio,
+            compat=self.config.compat,
+            device=self.device,
+        )
+
+        def work(shards: list[int]) -> None:
+            with self._progress("pairs", shards) as advance:
+                miner.mine(shards, advance)
+
+        self._make(info, "pairs", work, miner.join)
+
+    def _make_roi_features(self, rois: TableInfo) -> None:
+        mining, folder = self.config.mining, self.folder / "roi-features"
+        table = BoxTable.open(self.folder / "rois")
+
+        def work(shards: list[int]) -> None:
+            num_done = len(table.boxes) - sum(_num_rois(table, self.index.shard_rows(shard)) for shard in shards)
+            bar = progress("RoI features", total=len(table.boxes), unit="RoIs", done=num_done)
+            with bar as advance, self._renderer() as renderer:
+                write_roi_features(
+                    folder, shards, index=self.index, rois=table, encoder=self.encoder, mining=mining, renderer=renderer,
+                    device=self.device, advance=advance,
+                )  # fmt: skip
+
+        made_from = {"encoder": self.encoder.fingerprint, "rois": rois.fingerprint}
+        self._make(self._describe("roi-features", made_from, roi_size_px=mining.roi_size_px), "roi-features", work)
+
+    def _make_patches(self) -> None:
+        folder = self.folder / "patches"
+        made_from = {name: self.info(name).fingerprint for name in ("rois", "pairs")}
+        rois, pairs = BoxTable.open(self.folder / "rois"), PairTable.open(self.folder / "pairs")
+
+        def work(shards: list[int]) -> None:
+            used = partner_rois(rois, pairs)
+            packer = PatchPacker(folder=folder, index=self.index, rois=rois, used=used, num_workers=self.num_workers)
+            with self._progress("patches", shards) as advance:
+                packer.pack(shards, advance)
+
+        no_patches: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        packer = PatchPacker(folder=folder, index=self.index, rois=rois, used=no_patches, num_workers=1)
+        self._make(self._describe("patches", made_from, side_px=PATCH_SIDE_PX), "patches", work, packer.join)
+
+    def _describe(self, kind: str, made_from: dict[str, str], **settings: Any) -> TableInfo:
+        return TableInfo(kind=kind, made_from={"index": self.index.fingerprint, **made_from}, settings=settings)
+
+    def _make(self, info: TableInfo, last: str, work: Callable[[list[int]], None], finish: Callable[[], None] | None = None) -> None:
+        """Make a table shard by shard, unless it is up to date."""
+        path = self.folder / info.kind
+        table = ShardedTable(path=path, info=info, num_shards=self.index.num_shards, last=last, work=work, finish=finish)
+        if table.is_current():
+            log.info("%s: up to date", info.kind)
+            if self.share.rank == 0:
+                table.clean()
+        else:
+            table.make(self.share)
+
+    def _make_alone(self, info: TableInfo, write: Callable[[], None]) -> None:
+        """Make a table in the first process, unless it is up to date, while the others wait."""
+        found = table_info(self.folder / info.kind)
+        self.share.barrier()  # all have looked
+        if found is not None and found.fingerprint == info.fingerprint:
+            log.info("%s: up to date", info.kind)
+        elif self.share.rank == 0:
+            write()
+        self.share.barrier()
+
+    def _is_imported(self, step: str) -> bool:
+        found = table_info(self.folder / step)
+        return found is not None and IMPORTED in found.settings and self.info(step) is not None
+
+    def _require_imported(self, found: TableInfo | None, *, num_neighbors: int) -> None:
+        assert found is not None
+        if int(found.settings["num_neighbors"]) < num_neighbors:
+            raise StaleError(
+                f"{self.folder / found.kind}: imported with {found.settings['num_neighbors']} neighbors, {num_neighbors} are asked for; "
+                f"use --neighbors {found.settings['num_neighbors']}, or remove the folder and mine"
+            )
+        log.info("%s: imported, kept as they are", found.kind)
+
+    @contextmanager
+    def _alone_here(self) -> Iterator[None]:
+        """Hold the folder for this run, and keep its log in mine.log."""
+        if self.share.rank > 0:
+            yield
+            return
+        with log_to_file(self.folder / "mine.log"), (self.folder / "mine.log").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(f"{self.folder}: another orl-fast mine is writing here; wait for it to end") from error
+            yield
+
+    @contextmanager
+    def _renderer(self) -> Iterator[Renderer]:
+        rows = np.arange(min(len(self.index), 64), dtype=np.int64)
+        mining, heights, widths = self.config.mining, self.index.heights, self.index.widths
+        trial = center_crops(rows, heights=heights, widths=widths, resize_px=mining.resize_px, crop_px=mining.crop_px)
+        with ShardReader(self.index) as reader:
+            renderer = choose_renderer(reader, self.config.loader, trial=trial, device=self.device, num_threads=self.num_workers)
+            try:
+                yield renderer
+            finally:
+                renderer.close()
+
+    @contextmanager
+    def _progress(self, name: str, shards: list[int]) -> Iterator[Callable[..., None]]:
+        mine = range(self.share.rank, self.index.num_shards, self.share.world_size)
+        total, todo = (sum(len(self.index.shard_rows(shard)) for shard in some) for some in (mine, shards))
+        with progress(name, total=total, unit="images", done=total - todo) as advance:
+            yield advance
+
+
+def _serves(found: TableInfo, wanted: TableInfo) -> bool:
+    """Whether a pair table holds at least the pairs wanted, which are then prefixes of its entries (`PairTable.limited`)."""
+    limits = ("num_neighbors", "pair_ratio", "compat")
+    settings = {name: value for name, value in found.settings.items() if name not in limits}
+    others = {name: value for name, value in wanted.settings.items() if name not in limits}
+    return (
+        found.made_from == wanted.made_from
+        and settings == others
+        and found.settings["num_neighbors"] >= wanted.settings["num_neighbors"]
+        and found.settings["pair_ratio"] >= wanted.settings["pair_ratio"]
+        and found.settings["compat"] in (wanted.settings["compat"], "paper")  # a share of all entries includes the official share
+    )
+
+
+def _num_rois(rois: BoxTable, images: range) -> int:
+    return int(rois.offsets[images.stop] - rois.offsets[images.start])

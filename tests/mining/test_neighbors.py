@@ -1,0 +1,85 @@
+"""Neighbors against the definition: all products, the query left out by its row, ties by row."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from orl_fast.errors import DataError
+from orl_fast.mining import neighbors
+from orl_fast.mining.neighbors import find_neighbors
+
+
+def brute_force(features, num_neighbors):
+    products = features.astype(np.float64) @ features.astype(np.float64).T
+    np.fill_diagonal(products, -np.inf)
+    products = np.round(products, 12)  # equal vectors have equal products, in whatever order they are summed
+    order = np.lexsort((np.broadcast_to(np.arange(len(features)), products.shape), -products), axis=1)[:, :num_neighbors]
+    return order, np.take_along_axis(products, order, axis=1).astype(np.float32)
+
+
+def random_features(rng, num, dim=24):
+    features = rng.normal(size=(num, dim)).astype(np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def joined(blocks):
+    blocks = list(blocks)
+    return np.concatenate([b.neighbors for b in blocks]), np.concatenate([b.similarities for b in blocks])
+
+
+@pytest.mark.parametrize("num_neighbors", [1, 10])
+@pytest.mark.parametrize("small_blocks", [False, True])
+def test_neighbors_are_those_of_all_products(num_neighbors, small_blocks, monkeypatch):
+    if small_blocks:
+        monkeypatch.setattr(neighbors, "_QUERY_BLOCK", 37)
+        monkeypatch.setattr(neighbors, "_BASE_BLOCK", 50)
+        monkeypatch.setattr(neighbors, "_UNSURE_BASE", 61)
+    rng = np.random.default_rng(0)
+    features = random_features(rng, 400)
+    features[100:160] = features[7]  # more duplicates than spare candidates
+    features[rng.integers(200, 400, 50)] = features[rng.integers(0, 100, 50)]
+    found, similarities = joined(find_neighbors(features, num_neighbors=num_neighbors, num_threads=2))
+    expected, expected_similarities = brute_force(features, num_neighbors)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(similarities, expected_similarities, atol=1e-7)
+    assert not (found == np.arange(400)[:, None]).any()
+
+
+def test_all_images_alike_are_neighbors_by_row():
+    features = np.tile(random_features(np.random.default_rng(1), 1), (90, 1))
+    found, _ = joined(find_neighbors(features, num_neighbors=3))
+    assert found[0].tolist() == [1, 2, 3]
+    assert found[1].tolist() == [0, 2, 3]
+    assert (found[3:] == [0, 1, 2]).all()
+
+
+def test_fewer_neighbors_are_a_prefix():
+    features = random_features(np.random.default_rng(2), 300)
+    many, _ = joined(find_neighbors(features, num_neighbors=20))
+    few, _ = joined(find_neighbors(features, num_neighbors=5))
+    np.testing.assert_array_equal(many[:, :5], few)
+
+
+def test_every_other_image_can_be_a_neighbor_but_no_more():
+    features = random_features(np.random.default_rng(3), 4)
+    found, _ = joined(find_neighbors(features, num_neighbors=3))
+    assert [sorted(row) for row in found.tolist()] == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    with pytest.raises(DataError, match=r"only 4 images.*--neighbors 3"):
+        next(find_neighbors(features, num_neighbors=4))
+
+
+def test_many_images_are_searched_by_an_inverted_file_whose_recall_is_told(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("orl_fast"), "propagate", True)
+    rng = np.random.default_rng(4)
+    centers = random_features(rng, 40)
+    features = centers[rng.integers(0, 40, 3000)] + 0.05 * rng.normal(size=(3000, 24)).astype(np.float32)
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+    with caplog.at_level(logging.INFO, logger="orl_fast"):
+        found, _ = joined(find_neighbors(features, num_neighbors=5, exact_limit=1000))
+    expected, _ = brute_force(features, 5)
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(expected, found, strict=True)])
+    told = float(caplog.text.split("finds ")[1].split(" %")[0]) / 100
+    assert recall > 0.5
+    assert abs(told - recall) < 0.05
+    assert (found >= 0).all()
