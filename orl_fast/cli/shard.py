@@ -27,8 +27,7 @@ def command(
 
     folder = out or SHARDS_HOME / (sources[0].resolve().name or "images")
     manifest = write_shards(sources, folder, splits=splits, shard_size=shard_size, num_workers=workers, overwrite=overwrite)
-    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
-    click.echo(f"{folder}: {manifest.num_images} images in {len(manifest.shards)} shards, {human_bytes(num_bytes)}")
+    click.echo(f"{folder}: {manifest.num_images} images in {manifest.num_shards} shards, {human_bytes(manifest.num_bytes)}")
     click.echo(f"  {manifest.num_original} with their original bytes, {sum(manifest.reencoded.values())} re-encoded")
     for reason, count in manifest.reencoded.items():
         click.echo(f"    {count:6d} {reason}")

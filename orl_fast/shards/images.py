@@ -118,7 +118,7 @@ def _check_structure(jpeg: bytes) -> int:
         if code == 0xDA:
             break
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    if jpeg.find(b"\xff\xd9", at) < 0:
+    if jpeg.rfind(b"\xff\xd9", at) < 0:
         raise BadImage("truncated JPEG: the end marker is missing")
     return frame
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.errors import DataError
-from orl_fast.shards.manifest import INDEX_NAME, NAMES_NAME, Manifest
+from orl_fast.shards.manifest import INDEX_NAME, NAMES_NAME, SHARDS_NAME, Manifest, tar_path
 
 # One row per image, little-endian, 48 bytes: a lookup touches one cache line. `name_end` ends the row's text in names.bin.
 ROW = np.dtype(
@@ -24,6 +24,8 @@ ROW = np.dtype(
         ("source", "<i4"),
     ]
 )
+# One row per shard: its first image, the length of its file, and the SHA-256 of that, in hexadecimal digits.
+SHARD = np.dtype([("first_row", "<i8"), ("num_bytes", "<i8"), ("sha256", "S64")])
 
 
 class ShardIndex:
@@ -32,7 +34,8 @@ class ShardIndex:
     Attributes:
         path: the shard folder.
         fingerprint: names the packed content; tables made from it carry it.
-        manifest: sources, counts, checksums and the quarantine list.
+        manifest: sources, counts and the quarantine list.
+        shards: [S] records of `first_row`, `num_bytes` and `sha256`.
         heights, widths: [N] int32, pixels of the decoded image.
         image_ids: [N] int64, COCO's ids where an annotation file was there.
         shard_ids: [N] int32; offsets, sizes: [N] int64, where the JPEG lies within its shard, in bytes.
@@ -40,9 +43,10 @@ class ShardIndex:
         keys, file_names: [N] str, decoded when asked for; file names are relative to their source folder.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, rows: NDArray[np.void], names: NDArray[np.uint8]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, shards: NDArray[np.void], rows: NDArray[np.void], names: NDArray[np.uint8]) -> None:
         self.path = path
         self.manifest = manifest
+        self.shards = shards
         self.fingerprint = manifest.fingerprint
         self._rows = rows
         self.offsets: NDArray[np.int64] = rows["offset"]
@@ -64,13 +68,12 @@ class ShardIndex:
         """
         path = Path(path)
         manifest = Manifest.read(path)
-        rows = _mapped(path / INDEX_NAME, lambda file: np.load(file, mmap_mode="r", allow_pickle=False))
+        rows = _table(path / INDEX_NAME, ROW, manifest.num_images)
+        shards = _table(path / SHARDS_NAME, SHARD, manifest.num_shards)
         names = _mapped(path / NAMES_NAME, lambda file: np.memmap(file, dtype=np.uint8, mode="r"))
-        if rows.dtype != ROW or rows.shape != (manifest.num_images,):
-            raise _damaged(path / INDEX_NAME, f"{rows.shape[0]} rows, the manifest tells {manifest.num_images}")
         if rows["name_end"][-1] != len(names):
             raise _damaged(path / NAMES_NAME, f"{len(names)} bytes, the index tells {rows['name_end'][-1]}")
-        return cls(path, manifest, rows, names)
+        return cls(path, manifest, shards, rows, names)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -80,21 +83,18 @@ class ShardIndex:
 
     @property
     def num_shards(self) -> int:
-        return len(self.manifest.shards)
+        return len(self.shards)
 
     @cached_property
     def shard_paths(self) -> list[Path]:
-        return [self.path / shard.name for shard in self.manifest.shards]
-
-    @cached_property
-    def _shard_starts(self) -> NDArray[np.int64]:
-        return np.cumsum([0, *(shard.num_images for shard in self.manifest.shards)], dtype=np.int64)
+        return [tar_path(self.path, shard) for shard in range(self.num_shards)]
 
     def shard_rows(self, shard: int) -> range:
         """The rows of one shard: they are contiguous, shards follow one another in order."""
         if not 0 <= shard < self.num_shards:
             raise IndexError(f"shard {shard} of {self.num_shards}")
-        return range(int(self._shard_starts[shard]), int(self._shard_starts[shard + 1]))
+        last = shard == self.num_shards - 1
+        return range(int(self.shards["first_row"][shard]), len(self) if last else int(self.shards["first_row"][shard + 1]))
 
 
 class _Names(Sequence[str]):
@@ -117,6 +117,13 @@ class _Names(Sequence[str]):
         start = int(self._ends[row - 1]) if row else 0
         key, file_name = self._text[start : self._ends[row]].tobytes().split(b"\0")
         return (key, file_name)[self._part].decode("utf-8", "surrogateescape")
+
+
+def _table(path: Path, dtype: np.dtype[np.void], num_rows: int) -> NDArray[np.void]:
+    table = _mapped(path, lambda file: np.load(file, mmap_mode="r", allow_pickle=False))
+    if table.dtype != dtype or table.shape != (num_rows,):
+        raise _damaged(path, f"shape {table.shape}, the manifest tells {num_rows} rows")
+    return table
 
 
 def _mapped(path: Path, load: Callable[[Path], Any]) -> NDArray[Any]:

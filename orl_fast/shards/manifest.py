@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,13 @@ VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 NAMES_NAME = "names.bin"
+SHARDS_NAME = "shards.npy"
 WORK_NAME = ".work"  # what an unfinished run knows already
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One tar file: its name, what it holds, and the SHA-256 of its bytes."""
-
-    name: str
-    num_images: int
-    num_bytes: int
-    sha256: str
+def tar_path(folder: Path, shard: int) -> Path:
+    """Where a shard lies: shards are numbered from 0, without gaps."""
+    return folder / f"images-{shard:06d}.tar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +47,16 @@ class Quarantined:
 class Manifest:
     """What a finished shard folder holds. `num_original` counts bytes kept as found, `reencoded` the others by their reason."""
 
+    version: int = VERSION
     fingerprint: str
     num_images: int
+    num_shards: int
+    num_bytes: int
     num_original: int
     reencoded: dict[str, int]
     quarantined: tuple[Quarantined, ...]
     sources: tuple[SourceEntry, ...]
     inputs: str  # digest of the settings and of the names, ids and sizes of what was packed
-    shards: tuple[ShardEntry, ...]
-    version: int = VERSION
 
     def write(self, folder: Path) -> None:
         write_json(folder / MANIFEST_NAME, asdict(self))
@@ -81,16 +78,14 @@ class Manifest:
             known = {field.name: values[field.name] for field in fields(cls)}
             known["quarantined"] = tuple(Quarantined(**entry) for entry in values["quarantined"])
             known["sources"] = tuple(SourceEntry(**entry) for entry in values["sources"])
-            known["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
             return cls(**known)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: is damaged ({error!r}); pack the images again with orl-fast shard --overwrite") from error
 
 
-def fingerprint_of(shards: Sequence[ShardEntry]) -> str:
+def fingerprint_of(checksums: Iterable[bytes]) -> str:
     """32 hexadecimal digits that name the packed content: keys, ids, bytes and their cut into shards."""
-    lines = [f"orl-fast shards {VERSION}", *(entry.sha256 for entry in shards)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+    return hashlib.sha256(b"\n".join([f"orl-fast shards {VERSION}".encode(), *checksums])).hexdigest()[:32]
 
 
 def _why_not_shards(folder: Path) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from orl_fast.errors import DataError
 from orl_fast.shards.index import ShardIndex
+from orl_fast.shards.manifest import tar_path
 
 # A map holds a file descriptor, and many systems grant 1024 of them. Mapping a shard again costs some 20 microseconds, a decode 1.7 ms.
 _MAX_OPEN_MAPS = 128
@@ -64,7 +65,7 @@ class ShardReader:
         found = self._places[place]
         if found is not None and found[0] == shard:
             return found[1]
-        mapped = _map_shard(self.index.shard_paths[shard], self.index.manifest.shards[shard].num_bytes)
+        mapped = _map_shard(tar_path(self.index.path, shard), int(self.index.shards["num_bytes"][shard]))
         self._places[place] = (shard, mapped)
         return mapped
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from orl_fast.console import progress
 from orl_fast.shards.images import BadImage, packed_image
 from orl_fast.shards.index import ShardIndex
-from orl_fast.shards.manifest import INDEX_NAME, MANIFEST_NAME, ShardEntry, fingerprint_of
+from orl_fast.shards.manifest import INDEX_NAME, MANIFEST_NAME, SHARDS_NAME, fingerprint_of
 from orl_fast.shards.workers import num_cores, run_in_workers
 
 _CHUNK_BYTES = 1 << 20
@@ -59,7 +59,8 @@ class _Task:
     """One shard and what the index tells about it."""
 
     path: Path
-    entry: ShardEntry
+    num_bytes: int
+    sha256: str
     keys: list[str]
     about: list[dict[str, str | int]]  # what {key}.json should hold
     offsets: NDArray[np.int64]
@@ -74,7 +75,8 @@ def _task(index: ShardIndex, shard: int, *, fast: bool, decode: bool) -> _Task:
     columns = zip(index.file_names[part], index.image_ids[part], index.widths[part], index.heights[part], strict=True)
     return _Task(
         path=index.shard_paths[shard],
-        entry=index.manifest.shards[shard],
+        num_bytes=int(index.shards["num_bytes"][shard]),
+        sha256=index.shards["sha256"][shard].decode(),
         keys=list(index.keys[part]),
         about=[{"file_name": name, "image_id": int(id_), "width": int(w), "height": int(h)} for name, id_, w, h in columns],
         offsets=index.offsets[part],
@@ -85,14 +87,13 @@ def _task(index: ShardIndex, shard: int, *, fast: bool, decode: bool) -> _Task:
 
 
 def _index_faults(index: ShardIndex) -> Iterator[Fault]:
-    manifest = index.manifest
-    if manifest.fingerprint != fingerprint_of(manifest.shards):
+    if index.fingerprint != fingerprint_of(index.shards["sha256"].tolist()):
         yield Fault(file=index.path / MANIFEST_NAME, message="the fingerprint does not follow from the checksums of the shards")
-    shard_of_row = np.repeat(np.arange(index.num_shards), [shard.num_images for shard in manifest.shards])
-    if not np.array_equal(index.shard_ids, shard_of_row):
-        yield Fault(file=index.path / INDEX_NAME, message="its shards do not follow one another as the manifest tells")
+    counts = np.diff(index.shards["first_row"], append=len(index))
+    if index.shards["first_row"][0] != 0 or counts.min() < 1 or not np.array_equal(index.shard_ids, np.repeat(range(len(counts)), counts)):
+        yield Fault(file=index.path / INDEX_NAME, message=f"its shards do not follow one another as {SHARDS_NAME} tells")
         return
-    limits = np.array([shard.num_bytes for shard in manifest.shards])[index.shard_ids]
+    limits = index.shards["num_bytes"][index.shard_ids]
     outside = (index.offsets < 0) | (index.sizes < 1) | (index.offsets + index.sizes > limits) | (index.heights < 1) | (index.widths < 1)
     if outside.any():
         yield Fault(file=index.path / INDEX_NAME, message=f"row {outside.argmax()} cannot be: it lies outside its shard or has no pixels")
@@ -100,16 +101,15 @@ def _index_faults(index: ShardIndex) -> Iterator[Fault]:
 
 def _column_faults(index: ShardIndex) -> Iterator[Fault]:
     """Column shards hold some component of every key of the image shard with their number, in its order."""
-    number_of = {path.stem.partition("-")[2]: shard for shard, path in enumerate(index.shard_paths)}
-    for path in sorted(index.path.rglob("pairs-*.tar")):
-        shard = number_of.get(path.stem.partition("-")[2])
+    for path in sorted(index.path.rglob("pairs-??????.tar")):
+        shard = int(path.stem.partition("-")[2])
         try:
             with tarfile.open(path) as tar:
                 keys = [key for key, _ in groupby(name.partition(".")[0] for name in tar.getnames())]
         except (OSError, tarfile.TarError) as error:
             yield Fault(file=path, message=f"cannot be read as a tar file ({error}); run orl-fast mine pairs")
             continue
-        rows = range(0) if shard is None else index.shard_rows(shard)
+        rows = index.shard_rows(shard) if shard < index.num_shards else range(0)
         if keys != index.keys[rows.start : rows.stop]:
             yield Fault(file=path, message="its keys are not those of the image shard with its number; run orl-fast mine pairs")
 
@@ -127,8 +127,8 @@ def _messages(task: _Task) -> Iterator[tuple[Path, str]]:
         yield task.path, "is missing"
         return
     num_bytes = task.path.stat().st_size
-    if num_bytes != task.entry.num_bytes:
-        yield task.path, f"has {num_bytes} bytes, was packed with {task.entry.num_bytes}"
+    if num_bytes != task.num_bytes:
+        yield task.path, f"has {num_bytes} bytes, was packed with {task.num_bytes}"
         return
     idx = task.path.with_suffix(".idx")
     lines = idx.read_text().splitlines() if idx.is_file() else []
@@ -142,7 +142,7 @@ def _messages(task: _Task) -> Iterator[tuple[Path, str]]:
         digest = hashlib.sha256()
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
-        if digest.hexdigest() != task.entry.sha256:
+        if digest.hexdigest() != task.sha256:
             yield task.path, "its bytes are not those that were packed (SHA-256)"
         file.seek(0)
         yield from ((task.path, message) for message in _tar_messages(file, task))

@@ -18,18 +18,19 @@ from orl_fast.console import log, progress
 from orl_fast.errors import DataError, StaleError
 from orl_fast.files import atomic_file, require_free_space, write_array, write_json
 from orl_fast.shards.images import JPEG_QUALITY, BadImage, packed_image
-from orl_fast.shards.index import ROW
+from orl_fast.shards.index import ROW, SHARD, ShardIndex
 from orl_fast.shards.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     NAMES_NAME,
+    SHARDS_NAME,
     VERSION,
     WORK_NAME,
     Manifest,
     Quarantined,
-    ShardEntry,
     SourceEntry,
     fingerprint_of,
+    tar_path,
 )
 from orl_fast.shards.sources import ListedImage, Listing, find_sources, list_images
 from orl_fast.shards.workers import num_cores, run_in_workers
@@ -78,7 +79,7 @@ def write_shards(
     finished = None if overwrite else _finished(out, inputs=inputs)
     if finished is not None:
         shutil.rmtree(out / WORK_NAME, ignore_errors=True)  # left where a run was killed after its last file
-        log.info("%s: up to date, %d images in %d shards", out, finished.num_images, len(finished.shards))
+        log.info("%s: up to date, %d images in %d shards", out, finished.num_images, finished.num_shards)
         return finished
     tasks = list(_tasks(listing, out, shard_size=shard_size))
     with _work_folder(out, inputs=inputs, overwrite=overwrite):
@@ -115,7 +116,7 @@ class _Task:
 
     @property
     def tar(self) -> Path:
-        return self.out / f"images-{self.number:06d}.tar"
+        return tar_path(self.out, self.number)
 
     @property
     def report(self) -> Path:
@@ -175,10 +176,15 @@ def _pack_shard(task: _Task) -> int:
         digest.update(ending)
         file.write(ending)
         num_bytes = file.tell()
-    with atomic_file(task.tar.with_suffix(".idx")) as file:
-        file.write("".join(f"{line}\n" for line in (f"v1.2 {len(lines)}", *lines)).encode())  # as DALI's wds2idx writes it
+    if rows:
+        with atomic_file(task.tar.with_suffix(".idx")) as file:
+            file.write("".join(f"{line}\n" for line in (f"v1.2 {len(lines)}", *lines)).encode())  # as DALI's wds2idx writes it
+    else:  # every image was bad: no reader takes an empty shard
+        task.tar.unlink()
     report = {
-        "shard": asdict(ShardEntry(name=task.tar.name, num_images=len(rows), num_bytes=num_bytes, sha256=digest.hexdigest())),
+        "number": task.number,
+        "num_bytes": num_bytes,
+        "sha256": digest.hexdigest(),
         "rows": rows,
         "names": names,
         "reencoded": dict(sorted(reencoded.items())),
@@ -207,20 +213,19 @@ def tar_header(name: str, size: int) -> bytes:
 
 def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> Manifest:
     """Join the reports into the index and the manifest."""
-    shards: list[ShardEntry] = []
+    shards: list[tuple[int, int, bytes]] = []
     quarantined = list(listing.unreadable)
     reencoded: Counter[str] = Counter()
     tables: list[np.ndarray[Any, np.dtype[np.void]]] = []
-    name_end = 0
+    num_images = name_end = 0
     with atomic_file(out / NAMES_NAME) as file:
         for task in tasks:
             report = json.loads(task.report.read_bytes())
             quarantined += [Quarantined(**entry) for entry in report["quarantined"]]
             reencoded.update(report["reencoded"])
-            if not report["rows"]:  # every image was bad: no reader takes an empty shard
-                task.tar.unlink(missing_ok=True)
-                task.tar.with_suffix(".idx").unlink(missing_ok=True)
+            if not report["rows"]:
                 continue
+            _renumber(task, report, len(shards))
             texts = [name.encode("utf-8", "surrogateescape") for name in report["names"]]
             table = np.array([tuple(row) for row in report["rows"]], ROW)
             table["name_end"] = name_end + np.cumsum([len(text) for text in texts])
@@ -228,7 +233,8 @@ def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> 
             name_end = int(table["name_end"][-1])
             file.write(b"".join(texts))
             tables.append(table)
-            shards.append(ShardEntry(**report["shard"]))
+            shards.append((num_images, report["num_bytes"], report["sha256"].encode()))
+            num_images += len(table)
         if not shards:
             for task in tasks:
                 task.report.unlink()
@@ -236,17 +242,20 @@ def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> 
             raise DataError(f"none of the {len(listing.images)} images can be decoded ({reasons}); give a folder of images")
     table = np.concatenate(tables)
     write_array(out / INDEX_NAME, table)
+    write_array(out / SHARDS_NAME, np.array(shards, SHARD))
     num_packed = np.bincount(table["source"], minlength=len(listing.sources)).tolist()
     manifest = Manifest(
-        fingerprint=fingerprint_of(shards),
-        num_images=len(table),
-        num_original=len(table) - reencoded.total(),
+        fingerprint=fingerprint_of(sha256 for _, _, sha256 in shards),
+        num_images=num_images,
+        num_shards=len(shards),
+        num_bytes=sum(num_bytes for _, num_bytes, _ in shards),
+        num_original=num_images - reencoded.total(),
         reencoded=dict(sorted(reencoded.items())),
         quarantined=tuple(quarantined),
         sources=tuple(
             SourceEntry(
-                folder=str(source.folder),
-                annotations=None if source.annotations is None else str(source.annotations),
+                folder=str(source.folder.absolute()),
+                annotations=None if source.annotations is None else str(source.annotations.absolute()),
                 num_packed=num_packed[i],
                 num_absent=len(listing.absent[i]),
                 num_unlisted=listing.unlisted[i],
@@ -254,10 +263,20 @@ def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> 
             for i, source in enumerate(listing.sources)
         ),
         inputs=inputs,
-        shards=tuple(shards),
     )
     manifest.write(out)
     return manifest
+
+
+def _renumber(task: _Task, report: dict[str, Any], number: int) -> None:
+    """Close the gaps that shards without a good image leave. A run killed in between can go on: reports are changed after their files."""
+    if report["number"] != number:
+        for suffix in (".tar", ".idx"):
+            old = tar_path(task.out, report["number"]).with_suffix(suffix)
+            if old.exists():
+                old.replace(tar_path(task.out, number).with_suffix(suffix))
+        report["number"] = number
+        write_json(task.report, report)
 
 
 def _finished(out: Path, *, inputs: str) -> Manifest | None:
@@ -268,8 +287,11 @@ def _finished(out: Path, *, inputs: str) -> Manifest | None:
     if manifest.inputs != inputs:
         raise StaleError(f"{out}: was packed from other images or with other settings; {_CHOICE}")
     sizes = {entry.name: entry.stat().st_size for entry in out.iterdir()}
-    lost = [name for name in (INDEX_NAME, NAMES_NAME) if name not in sizes]
-    lost += [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.num_bytes]
+    try:
+        index = ShardIndex.open(out)
+        lost = [path.name for path, n in zip(index.shard_paths, index.shards["num_bytes"], strict=True) if sizes.get(path.name) != n]
+    except DataError as error:
+        lost = [str(error)]
     if lost:
         log.warning("%s: %s is missing or cut short; packing again", out, lost[0])
     return None if lost else manifest
@@ -318,6 +340,6 @@ def _work_folder(out: Path, *, inputs: str, overwrite: bool) -> Iterator[None]:
 def _clear(out: Path) -> None:
     """Remove another packing, its manifest first; what orl-fast shard did not write stays."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
-    for pattern in ("images-??????.tar", "images-??????.idx", "*.partial", INDEX_NAME, NAMES_NAME, f"{WORK_NAME}/*.json"):
+    for pattern in ("images-??????.tar", "images-??????.idx", "*.partial", INDEX_NAME, NAMES_NAME, SHARDS_NAME, f"{WORK_NAME}/*.json"):
         for path in out.glob(pattern):
             path.unlink()

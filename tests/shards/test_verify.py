@@ -71,6 +71,17 @@ def test_changed_dali_index_is_found(packed):
         assert [line.split(":")[0] for line in found(packed, fast=fast)] == ["images-000000.idx", "images-000004.idx"]
 
 
+def test_wrong_table_of_shards_is_found(packed):
+    shards = np.load(packed / "shards.npy")
+    shards["first_row"][1] = 4
+    np.save(packed / "shards.npy", shards)
+    assert "follow one another" in found(packed)[0]
+    shards["first_row"][1] = 5
+    shards["sha256"][2] = b"0" * 64
+    np.save(packed / "shards.npy", shards)
+    assert [line.split(":")[0] for line in found(packed)] == ["images-000002.tar", "manifest.json"]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [("offset", 1 << 40, "outside"), ("width", 0, "no pixels"), ("shard", 3, "follow one another"), ("image_id", 99, "tells otherwise")],
