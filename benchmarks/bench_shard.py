@@ -24,6 +24,7 @@ from PIL import Image
 from benchmarks.harness import Contender, Row, compare
 from benchmarks.photographs import load_jpegs
 from orl_fast.shards import Manifest, ShardIndex, ShardReader, write_shards
+from orl_fast.shards import reader as reader_module
 from orl_fast.shards.index import ROW, SHARD
 from orl_fast.shards.manifest import INDEX_NAME, NAMES_NAME, SHARDS_NAME
 
@@ -145,12 +146,13 @@ def _read(photos: Path, folder: Path, *, rounds: int) -> list[Row]:
         return sum(1 for _ in samples())
 
     index, small = ShardIndex.open(folder / "shards-of-256"), ShardIndex.open(folder / "shards-of-8")
+    maps = f"{small.num_shards} shards, at most {reader_module._MAX_OPEN_MAPS} mapped"
     with ShardReader(index) as reader, ShardReader(small) as small_reader:
         contenders = [
             Contender(name="open(path).read()", run=partial(reading, lambda i: paths[i].read_bytes())),
             Contender(name="ShardReader.read", run=partial(reading, reader.read)),
             Contender(name="ShardReader.view, every page touched", run=partial(reading, lambda i: reader.view(i)[::4096].sum())),
-            Contender(name=f"ShardReader.read, {small.num_shards} shards for 128 maps", run=partial(reading, small_reader.read)),
+            Contender(name=f"ShardReader.read, {maps}", run=partial(reading, small_reader.read)),
             Contender(name="webdataset, in order", run=partial(in_order, index.shard_paths)),
         ]
         return compare(contenders, unit="images/s", rounds=rounds, group="read")

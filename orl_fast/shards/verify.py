@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orl_fast.console import progress
 from orl_fast.shards.images import BadImage, packed_image
 from orl_fast.shards.index import ShardIndex
-from orl_fast.shards.manifest import INDEX_NAME, MANIFEST_NAME, SHARDS_NAME, fingerprint_of
+from orl_fast.shards.manifest import INDEX_NAME, MANIFEST_NAME, SHARDS_NAME, fingerprint_of, tar_path
 from orl_fast.shards.workers import num_cores, run_in_workers
-
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +42,7 @@ def verify_shards(folder: Path, *, fast: bool = False, decode: bool = False, num
     faults = [*_index_faults(index), *_column_faults(index)]
     if any(fault.file.name == INDEX_NAME for fault in faults):
         return faults  # what it tells about the shards is of no use
-    tasks = (_task(index, shard, fast=fast, decode=decode) for shard in range(index.num_shards))
+    tasks = (_Task(index=index, shard=shard, fast=fast, decode=decode) for shard in range(index.num_shards))
     workers = 1 if fast else min(num_workers or num_cores(), index.num_shards)
     with progress("verify", total=index.num_shards, unit="shards") as advance:
         for found in run_in_workers(_shard_faults, tasks, num_workers=workers):
@@ -56,34 +53,12 @@ def verify_shards(folder: Path, *, fast: bool = False, decode: bool = False, num
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """One shard and what the index tells about it."""
+    """One shard, and how closely to look at it. The index travels as its path."""
 
-    path: Path
-    num_bytes: int
-    sha256: str
-    keys: list[str]
-    about: list[dict[str, str | int]]  # what {key}.json should hold
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
+    index: ShardIndex
+    shard: int
     fast: bool
     decode: bool
-
-
-def _task(index: ShardIndex, shard: int, *, fast: bool, decode: bool) -> _Task:
-    rows = index.shard_rows(shard)
-    part = slice(rows.start, rows.stop)
-    columns = zip(index.file_names[part], index.image_ids[part], index.widths[part], index.heights[part], strict=True)
-    return _Task(
-        path=index.shard_paths[shard],
-        num_bytes=int(index.shards["num_bytes"][shard]),
-        sha256=index.shards["sha256"][shard].decode(),
-        keys=list(index.keys[part]),
-        about=[{"file_name": name, "image_id": int(id_), "width": int(w), "height": int(h)} for name, id_, w, h in columns],
-        offsets=index.offsets[part],
-        sizes=index.sizes[part],
-        fast=fast,
-        decode=decode,
-    )
 
 
 def _index_faults(index: ShardIndex) -> Iterator[Fault]:
@@ -101,7 +76,7 @@ def _index_faults(index: ShardIndex) -> Iterator[Fault]:
 
 def _column_faults(index: ShardIndex) -> Iterator[Fault]:
     """Column shards hold some component of every key of the image shard with their number, in its order."""
-    for path in sorted(index.path.rglob("pairs-??????.tar")):
+    for path in sorted(index.path.rglob(f"pairs-{'[0-9]' * 6}.tar")):
         shard = int(path.stem.partition("-")[2])
         try:
             with tarfile.open(path) as tar:
@@ -116,59 +91,57 @@ def _column_faults(index: ShardIndex) -> Iterator[Fault]:
 
 def _shard_faults(task: _Task) -> list[Fault]:
     """Check one shard. Runs in a worker process."""
+    path = tar_path(task.index.path, task.shard)
     try:
-        return [Fault(file=path, message=message) for path, message in _messages(task)]
+        return [Fault(file=file, message=message) for file, message in _messages(task, path)]
     except (OSError, tarfile.TarError, ValueError) as error:
-        return [Fault(file=task.path, message=f"cannot be read ({error})")]
+        return [Fault(file=path, message=f"cannot be read ({error})")]
 
 
-def _messages(task: _Task) -> Iterator[tuple[Path, str]]:
-    if not task.path.is_file():
-        yield task.path, "is missing"
+def _messages(task: _Task, path: Path) -> Iterator[tuple[Path, str]]:
+    index, rows = task.index, task.index.shard_rows(task.shard)
+    expected_bytes = index.shards["num_bytes"][task.shard]
+    if not path.is_file():
+        yield path, "is missing"
         return
-    num_bytes = task.path.stat().st_size
-    if num_bytes != task.num_bytes:
-        yield task.path, f"has {num_bytes} bytes, was packed with {task.num_bytes}"
+    if path.stat().st_size != expected_bytes:
+        yield path, f"has {path.stat().st_size} bytes, was packed with {expected_bytes}"
         return
-    idx = task.path.with_suffix(".idx")
+    idx = path.with_suffix(".idx")
     lines = idx.read_text().splitlines() if idx.is_file() else []
-    begins = [f"jpg {offset} {size} {key}.jpg json " for offset, size, key in zip(task.offsets, task.sizes, task.keys, strict=True)]
-    begins.insert(0, f"v1.2 {len(task.keys)}")
+    begins = [f"v1.2 {len(rows)}", *(f"jpg {index.offsets[i]} {index.sizes[i]} {index.keys[i]}.jpg json " for i in rows)]
     if len(lines) != len(begins) or not all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)):
         yield idx, "is missing, or tells other images or places than the index"
-    if task.fast:
-        return
-    with task.path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-        if digest.hexdigest() != task.sha256:
-            yield task.path, "its bytes are not those that were packed (SHA-256)"
-        file.seek(0)
-        yield from ((task.path, message) for message in _tar_messages(file, task))
+    if not task.fast:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != index.shards["sha256"][task.shard].decode():
+                yield path, "its bytes are not those that were packed (SHA-256)"
+            file.seek(0)
+            yield from ((path, message) for message in _member_messages(file, index, rows, decode=task.decode))
 
 
-def _tar_messages(file: BinaryIO, task: _Task) -> Iterator[str]:
-    """Compare every member with the index."""
+def _member_messages(file: BinaryIO, index: ShardIndex, rows: range, *, decode: bool) -> Iterator[str]:
+    """Compare every member of a tar with the index."""
     with tarfile.open(fileobj=file) as tar:
         members = [(member.name, member.offset_data, member.size) for member in tar]
-    if [name for name, _, _ in members] != [f"{key}.{suffix}" for key in task.keys for suffix in ("jpg", "json")]:
+    if [name for name, _, _ in members] != [f"{index.keys[i]}.{suffix}" for i in rows for suffix in ("jpg", "json")]:
         yield "its members are not the images that the index tells, in its order"
         return
-    jpegs, texts = members[::2], members[1::2]
-    for i, ((name, *place), (_, start, size)) in enumerate(zip(jpegs, texts, strict=True)):
-        if place != [task.offsets[i], task.sizes[i]]:
+    for i, (name, *place), (text_name, start, size) in zip(rows, members[::2], members[1::2], strict=True):
+        if place != [index.offsets[i], index.sizes[i]]:
             yield f"{name}: lies elsewhere than the index tells"
             continue
+        width, height = int(index.widths[i]), int(index.heights[i])
         file.seek(start)
-        if json.loads(file.read(size)) != task.about[i]:
-            yield f"{task.keys[i]}.json: tells otherwise than the index"
-        if task.decode:
+        about = {"file_name": index.file_names[i], "image_id": int(index.image_ids[i]), "width": width, "height": height}
+        if json.loads(file.read(size)) != about:
+            yield f"{text_name}: tells otherwise than the index"
+        if decode:
             file.seek(place[0])
             try:
                 image = packed_image(file.read(place[1]))
             except BadImage as error:
                 yield f"{name}: {error}"
                 continue
-            if image.reencoded or (image.width, image.height) != (task.about[i]["width"], task.about[i]["height"]):
+            if image.reencoded or (image.width, image.height) != (width, height):
                 yield f"{name}: is not the plain JPEG that the index tells ({image.width} x {image.height} {image.reencoded or ''})"
