@@ -43,7 +43,7 @@ _CHOICE = "add --overwrite to replace it, or choose another folder with --out"
 
 
 def write_shards(
-    sources: Sequence[Path],
+    sources: Path | Sequence[Path],
     out: Path,
     *,
     splits: Sequence[str] = (),
@@ -56,7 +56,7 @@ def write_shards(
     A run that was stopped goes on where it stopped and gives the same bytes. A finished folder whose sources did not change is left alone.
 
     Args:
-        sources: COCO roots, COCO split folders or any folders of images.
+        sources: COCO roots, COCO split folders or any folders of images, or one of these.
         splits: which splits of a COCO root, instead of train2017.
         shard_size: images per shard; a shard also ends at 256 MB of source files.
         num_workers: processes that decode and write; default one per core. With more than one, a script needs the usual
@@ -69,7 +69,8 @@ def write_shards(
     """
     if shard_size < 1 or (num_workers is not None and num_workers < 1):
         raise ValueError(f"shard_size ({shard_size}) and num_workers ({num_workers}) must be at least 1")
-    found = find_sources(sources, splits=splits)
+    out = Path(out)
+    found = find_sources([Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)], splits=splits)
     for source in found:
         if out.resolve().is_relative_to(source.folder.resolve()):
             raise DataError(f"{out}: lies within the source {source.folder}; choose another folder with --out")

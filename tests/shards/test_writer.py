@@ -128,6 +128,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(photos, tmp_path):
     assert all((out / name).stat().st_mtime_ns == time_ns for name, time_ns in done.items())
 
 
+def test_one_source_may_stand_alone_and_as_text(photos, packed, tmp_path):
+    write_shards(str(photos), str(tmp_path / "again"), shard_size=5, num_workers=1)
+    assert contents(tmp_path / "again") == contents(packed)
+
+
 def test_finished_folders_are_left_alone(photos, packed, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in packed.iterdir()}
     monkeypatch.setattr(writer, "_pack_shard", None)
