@@ -160,7 +160,7 @@ def _listed_ids(path: Path) -> dict[str, int]:
 
 
 def _images_array(path: Path) -> list[dict[str, Any]]:
-    """The list under "images": parsing that alone took 1 s for a file like instances_train2017.json, all of it 17 s and twice the memory."""
+    """The list under "images": parsing that took 1 s for a file like instances_train2017.json, all of it 17 s and twice the memory."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
         start = _IMAGES_ARRAY.search(text)
         if start:

@@ -147,6 +147,7 @@ def test_threads_share_a_reader(packed, monkeypatch):
         assert all(pool.map(work, range(8)))
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns where libraries run threads
 def test_a_reader_survives_a_fork(packed):
     index = ShardIndex.open(packed)
     with ShardReader(index) as shared:
