@@ -200,6 +200,11 @@ class PairTable:
         arrays = {name: open_array(path, name) for name in cls._ARRAYS}
         return cls(**arrays)
 
+    def write_arrays(self, folder: Path) -> None:
+        """Write the arrays into the folder that `new_table` gave."""
+        for name in self._ARRAYS:
+            np.save(folder / f"{name}.npy", getattr(self, name))
+
     def limited(self, rois: RoiTable, *, num_neighbors: int, pair_ratio: float, compat: Compat = "official") -> "PairTable":
         """The table that fewer neighbors and a smaller pair ratio would have given: prefixes of this one.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from orl_fast.config import Config
     from orl_fast.mining.parts import Share
     from orl_fast.train.distributed import DeviceChoice, Ranks
 
@@ -52,12 +53,10 @@ def command(
     processes share the shards.
     """
     from orl_fast.cli.places import default_checkpoint, default_shards, mined_folder
-    from orl_fast.config import config_from_dict, load_config, with_overrides
     from orl_fast.console import log
     from orl_fast.mining.neighbors import EXACT_LIMIT
     from orl_fast.mining.stage import STEPS as ALL_STEPS
     from orl_fast.mining.stage import Stage
-    from orl_fast.models import read_checkpoint
     from orl_fast.shards import ShardIndex
     from orl_fast.train.distributed import process_group
 
@@ -67,16 +66,11 @@ def command(
     checkpoint = checkpoint or default_checkpoint(index.path, "byol")
     named = {"mining.num_neighbors": neighbors, "mining.pair_ratio": pair_ratio, "compat": compat, "mining.proposals": proposals}
     overrides += tuple(f"{key}={value}" for key, value in named.items() if value is not None)
-    if recipe is None and checkpoint.exists():
-        trained = config_from_dict(read_checkpoint(checkpoint)["config"], where=str(checkpoint))
-        config = with_overrides(trained, overrides)
-    else:
-        config = load_config(recipe, overrides=overrides)
     with process_group(device) as ranks:
         stage = Stage(
             index=index,
             folder=out or mined_folder(index.path),
-            config=config,
+            config=mining_config(checkpoint, recipe=recipe, overrides=overrides),
             checkpoint=checkpoint,
             annotations=annotations,
             keep_imported=proposals is None,
@@ -93,6 +87,17 @@ def command(
             click.echo(line)
         if not step:
             click.echo(f"Next: orl-fast train {index.path}")
+
+
+def mining_config(checkpoint: Path, *, recipe: str | None = None, overrides: tuple[str, ...] = ()) -> "Config":
+    """The recipe's settings; without one, those that the checkpoint was trained with; the defaults where there is none."""
+    from orl_fast.config import config_from_dict, load_config, with_overrides
+    from orl_fast.models import read_checkpoint
+
+    if recipe is not None or not checkpoint.exists():
+        return load_config(recipe, overrides=overrides)
+    trained = config_from_dict(read_checkpoint(checkpoint)["config"], where=str(checkpoint))
+    return with_overrides(trained, overrides)
 
 
 def _parse(arguments: tuple[str, ...]) -> tuple[str | None, Path | None]:
