@@ -8,10 +8,12 @@ for both; `region_histograms` unfolds it. Everything is counted once on atoms (s
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numba as nb
 import numpy as np
-from numba import float32, int32, int64, uint32, uint64
+from numba import float32, int32, uint32, uint64
+
+from orl_fast.mining.gradients import derivatives, extrema
+from orl_fast.mining.scratch import Scratch
 
 COLOR_BINS, TEXTURE_BINS = 25, 10
 _COLOR = 3 * COLOR_BINS  # length of a color histogram
@@ -26,7 +28,7 @@ class Atoms:
     """What is known of each of A atoms.
 
     Attributes:
-        counts: [A, 315] int32: 3 x 25 color bins, then 3 channels x 4 derivatives x 20 signed codes.
+        counts: [A, 315] int32: 3 x 25 color bins, then 3 channels x 4 derivatives x 20 signed codes; in the scratch buffers.
         zero_bins: [12] int32, the bin of the value 0 in each negative part.
         sizes: [A] int32, pixels. boxes: [A, 4] int32 xyxy, half-open.
         pairs: [E] uint64, adjacent atoms as smaller << 32 | larger, each once.
@@ -39,91 +41,17 @@ class Atoms:
     pairs: Array
 
 
-def describe_atoms(image: Array, atoms: Array, num_atoms: int) -> Atoms:
+def describe_atoms(image: Array, atoms: Array, num_atoms: int, scratch: Scratch) -> Atoms:
     """Describe the atoms [H, W] of an image [H, W, 3] uint8."""
-    height, width = image.shape[:2]
-    flat = (height, 3 * width)
-    straight = [cv2.Scharr(image, cv2.CV_16S, dx, dy).reshape(flat) for dx, dy in ((1, 0), (0, 1))]
-    diagonal = _diagonal_derivatives(image)
-    low, high = np.empty((12,), np.float64), np.empty((12,), np.float64)
-    for i, plane in enumerate((*straight, *diagonal)):
-        low[i::4], high[i::4] = _extrema(plane)
+    planes = derivatives(image, scratch)
+    low, high = np.empty(12, np.float64), np.empty(12, np.float64)
+    for i, plane in enumerate(planes):
+        low[i::4], high[i::4] = extrema(plane)
     scales, zero_bins = _part_scales(low, high)
-    counts = _count_codes(image.reshape(flat), *straight, *diagonal, scales, atoms, num_atoms)
+    counts = scratch.take("counts", (num_atoms, _CODES), np.int32)
+    _count_codes(image.reshape(len(image), -1), *planes, scales, atoms, counts)
     sizes, boxes, pairs = _geometry(atoms, num_atoms)
     return Atoms(counts=counts, zero_bins=zero_bins, sizes=sizes, boxes=boxes, pairs=pairs)
-
-
-def _diagonal_derivatives(image: Array) -> list[Array]:
-    """Two planes [H, 3 W] float32: Scharr derivatives of the image turned by 45 degrees, turned back.
-
-    The turned plane is rounded to uint8; the way back turns about a whole pixel and is cropped by half the difference in size.
-    """
-    height, width = image.shape[:2]
-    center = (width / 2, height / 2)
-    turned_width, turned_height = cv2.RotatedRect(center, (width, height), 45.0).boundingRect()[2:]
-    forth = cv2.getRotationMatrix2D(center, 45.0, 1.0)
-    forth[:, 2] += (turned_width / 2 - center[0], turned_height / 2 - center[1])
-    turned = cv2.warpAffine(image, forth, (turned_width, turned_height))
-    dx, dy = cv2.Scharr(turned, cv2.CV_16S, 1, 0), cv2.Scharr(turned, cv2.CV_16S, 0, 1)
-    back = cv2.invertAffineTransform(cv2.getRotationMatrix2D((turned_width // 2, turned_height // 2), -45.0, 1.0)).astype(np.float32)
-    # A narrow image is longer than its turned bounding box: OpenCV starts at 0 there.
-    left, top = max(0, turned_width - width) // 2, max(0, turned_height - height) // 2
-    rows = np.arange(top, top + height, dtype=np.float32)[:, None]
-    starts = rows * back[:, 1] + back[:, 2]  # here, not in the kernel: OpenCV rounds between these two, and fuses the next two
-    return [_turn_back(plane, back, starts, left, width) for plane in (dx, dy)]
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _at(plane, y, x, c):  # type: ignore[no-untyped-def]
-    inside = (y >= 0) & (x >= 0) & (y < plane.shape[0]) & (x < plane.shape[1])
-    return float32(plane[y, x, c]) if inside else float32(0)
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _bilinear(a, b, c, d, u, v):  # type: ignore[no-untyped-def]
-    upper = float32(a) + u * (float32(b) - float32(a))
-    lower = float32(c) + u * (float32(d) - float32(c))
-    return upper + v * (lower - upper)
-
-
-@nb.njit(cache=True, nogil=True, fastmath={"contract"})
-def _turn_back(plane: Array, matrix: Array, starts: Array, left: int, width: int) -> Array:
-    """[H, 3 W] float32 bilinear samples of a plane [H', W', 3] int16, zero outside, with fused multiply-adds as in cv2.warpAffine."""
-    turned_height, turned_width, _ = plane.shape
-    flat, down = plane.reshape(-1), uint64(3 * turned_width)
-    out = np.empty((len(starts), 3 * width), np.float32)
-    for y in range(len(starts)):
-        row, start_x, start_y = out[y], starts[y, 0], starts[y, 1]
-        for x in range(width):
-            source_x, source_y = float32(x + left) * matrix[0, 0] + start_x, float32(x + left) * matrix[1, 0] + start_y
-            floor_x, floor_y = np.floor(source_x), np.floor(source_y)
-            u, v, ix, iy = source_x - floor_x, source_y - floor_y, int64(floor_x), int64(floor_y)
-            if (ix >= 0) & (iy >= 0) & (ix < turned_width - 1) & (iy < turned_height - 1):
-                at = uint64(3 * (iy * turned_width + ix))
-                for c in range(uint64(3)):
-                    a, b = flat[at + c], flat[at + uint64(3) + c]
-                    row[uint64(3) * uint64(x) + c] = _bilinear(a, b, flat[at + down + c], flat[at + down + uint64(3) + c], u, v)
-            else:
-                for c in range(3):
-                    a, b = _at(plane, iy, ix, c), _at(plane, iy, ix + 1, c)
-                    row[3 * x + c] = _bilinear(a, b, _at(plane, iy + 1, ix, c), _at(plane, iy + 1, ix + 1, c), u, v)
-    return out
-
-
-@nb.njit(cache=True, nogil=True)
-def _extrema(plane: Array) -> tuple[Array, Array]:
-    """Minimum and maximum of each channel of an interleaved plane [H, 3 W]."""
-    low, high = plane[0].copy(), plane[0].copy()
-    for y in range(1, len(plane)):
-        row = plane[y]
-        for i in range(len(row)):
-            low[i] = row[i] if row[i] < low[i] else low[i]
-            high[i] = row[i] if row[i] > high[i] else high[i]
-    least, most = np.empty(3, np.float64), np.empty(3, np.float64)
-    for c in range(3):
-        least[c], most[c] = low[c::3].min(), high[c::3].max()
-    return least, most
 
 
 def _part_scales(low: Array, high: Array) -> tuple[Array, Array]:
@@ -153,11 +81,11 @@ def _texture_codes(values: Array, scale: Array, out: Array) -> None:
 
 @nb.njit(cache=True, nogil=True)
 def _count_codes(
-    image: Array, dx: Array, dy: Array, diagonal_x: Array, diagonal_y: Array, scales: Array, atoms: Array, num_atoms: int
-) -> Array:
-    """[A, 315] int32: how many pixels of each atom have each code; planes are [H, 3 W], interleaved."""
+    image: Array, dx: Array, dy: Array, diagonal_x: Array, diagonal_y: Array, scales: Array, atoms: Array, counts: Array
+) -> None:
+    """Fill counts [A, 315]: how many pixels of each atom have each code; planes are [H, 3 W], interleaved."""
     height, width = atoms.shape
-    counts = np.zeros((num_atoms, _CODES), np.int32)
+    counts[:] = 0
     codes = np.empty((5, 3 * width), np.uint32)
     scale = np.empty((4, 5, 3 * width), np.float32)
     for i in range(3 * width):
@@ -182,7 +110,6 @@ def _count_codes(
                 histogram[three[0]] += 1
                 histogram[three[1]] += 1
                 histogram[three[2]] += 1
-    return counts
 
 
 @nb.njit(cache=True, nogil=True, inline="always")

@@ -16,7 +16,7 @@ _COLOR, _TEXTURE = 3 * COLOR_BINS, 3 * 4 * 2 * TEXTURE_BINS
 _PARTS = _TEXTURE // (2 * TEXTURE_BINS)
 _NONE = np.uint32(0xFFFFFFFF)
 _QUARTER, _THIRD = np.float32(0.25), np.float32(0.3333)
-_BLOCK = 1024  # similarities whose maximum is kept, so that the search for the largest stays short
+_BLOCK = 256  # similarities whose maximum is kept, so that the search for the largest stays short
 
 Array = np.ndarray[Any, Any]
 
@@ -76,25 +76,41 @@ def _sum_atoms(
 
 
 @nb.njit(cache=True, nogil=True)
-def _intersection(one: Array, other: Array) -> float:
-    total = float32(0)
-    for i in range(len(one)):
-        total += one[i] if one[i] < other[i] else other[i]
-    return total
+def _intersect(edges: Array, ends: Array, histograms: Array, start: int, stop: int) -> tuple[float, float, float, float]:
+    """Intersections of four pairs of histograms: sums in order, but four at once, as each addition waits for the one before it."""
+    a0, b0 = histograms[ends[2 * edges[0]], start:stop], histograms[ends[2 * edges[0] + 1], start:stop]
+    a1, b1 = histograms[ends[2 * edges[1]], start:stop], histograms[ends[2 * edges[1] + 1], start:stop]
+    a2, b2 = histograms[ends[2 * edges[2]], start:stop], histograms[ends[2 * edges[2] + 1], start:stop]
+    a3, b3 = histograms[ends[2 * edges[3]], start:stop], histograms[ends[2 * edges[3] + 1], start:stop]
+    sum0 = sum1 = sum2 = sum3 = float32(0)
+    for i in range(stop - start):
+        sum0 += a0[i] if a0[i] < b0[i] else b0[i]
+        sum1 += a1[i] if a1[i] < b1[i] else b1[i]
+        sum2 += a2[i] if a2[i] < b2[i] else b2[i]
+        sum3 += a3[i] if a3[i] < b3[i] else b3[i]
+    return sum0, sum1, sum2, sum3
 
 
 @nb.njit(cache=True, nogil=True)
-def _similarity(a: int, b: int, histograms: Array, sizes: Array, boxes: Array, area: int, with_color: bool) -> float:
-    """Equation 6: texture, size and fill, with color or without, averaged."""
-    one, other, pixels = boxes[a], boxes[b], sizes[a] + sizes[b]
-    hull = (max(one[2], other[2]) - min(one[0], other[0])) * (max(one[3], other[3]) - min(one[1], other[1]))
-    size = max(float32(1) - float32(pixels) / float32(area), float32(0))
-    fill = max(min(float32(1) - float32(hull - pixels) / float32(area), float32(1)), float32(0))
-    texture = _intersection(histograms[a, _COLOR:], histograms[b, _COLOR:])
-    if with_color:
-        color = _intersection(histograms[a, :_COLOR], histograms[b, :_COLOR])
-        return _QUARTER * color + _QUARTER * fill + _QUARTER * texture + _QUARTER * size
-    return (_THIRD * fill + _THIRD * texture + _THIRD * size) / (_THIRD + _THIRD + _THIRD)
+def _compare(
+    todo: Array, n: int, ends: Array, histograms: Array, sizes: Array, boxes: Array, area: int, with_color: bool, similarities: Array
+) -> None:
+    """Equation 6 for the first n edges of todo (which has room for 3 more): texture, size and fill, with color or without, averaged."""
+    todo[n : n + 3] = todo[n - 1]
+    for start in range(0, n, 4):
+        edges = todo[start : start + 4]
+        textures = _intersect(edges, ends, histograms, _COLOR, _COLOR + _TEXTURE)
+        colors = _intersect(edges, ends, histograms, 0, _COLOR) if with_color else textures
+        for edge, texture, color in zip(edges, textures, colors):  # noqa: B905 (numba knows no strict)
+            a, b = ends[2 * edge], ends[2 * edge + 1]
+            one, other, pixels = boxes[a], boxes[b], sizes[a] + sizes[b]
+            hull = (max(one[2], other[2]) - min(one[0], other[0])) * (max(one[3], other[3]) - min(one[1], other[1]))
+            size = max(float32(1) - float32(pixels) / float32(area), float32(0))
+            fill = max(min(float32(1) - float32(hull - pixels) / float32(area), float32(1)), float32(0))
+            if with_color:
+                similarities[edge] = _QUARTER * color + _QUARTER * fill + _QUARTER * texture + _QUARTER * size
+            else:
+                similarities[edge] = (_THIRD * fill + _THIRD * texture + _THIRD * size) / (_THIRD + _THIRD + _THIRD)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -173,7 +189,9 @@ def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: in
         ends[2 * edge], ends[2 * edge + 1] = a, b
         _link(links, head, a, uint32(2 * edge))
         _link(links, head, b, uint32(2 * edge + 1))
-        similarities[edge] = _similarity(a, b, histograms, sizes, boxes, area, with_color)
+    todo = np.arange(num_edges + 3).astype(np.uint32)
+    if num_edges:
+        _compare(todo, num_edges, ends, histograms, sizes, boxes, area, with_color, similarities)
     for block in range(num_blocks):
         _refresh_peak(peaks, bits, block)
     while True:
@@ -194,7 +212,7 @@ def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: in
                 edge = half >> uint32(1)
                 if edge == best or seen[other] == n:  # the merged edge itself, or a neighbor of both
                     bits[edge] = -1
-                    _refresh_peak(peaks, bits, edge // _BLOCK)
+                    _refresh_peak(peaks, bits, edge // uint32(_BLOCK))
                     if edge != best:
                         _unlink(links, head, other, half ^ uint32(1))
                 else:
@@ -202,9 +220,12 @@ def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: in
                     ends[half] = merged
                     _link(links, head, merged, half)
                 half = following
-        half = head[merged]
+        num_todo, half = 0, head[merged]
         while half != _NONE:
-            edge = half >> uint32(1)
-            similarities[edge] = _similarity(merged, ends[half ^ uint32(1)], histograms, sizes, boxes, area, with_color)
-            _refresh_peak(peaks, bits, edge // _BLOCK)
+            todo[num_todo] = half >> uint32(1)
+            num_todo += 1
             half = links[half, 0]
+        if num_todo:
+            _compare(todo, num_todo, ends, histograms, sizes, boxes, area, with_color, similarities)
+        for edge in todo[:num_todo]:
+            _refresh_peak(peaks, bits, edge // uint32(_BLOCK))

@@ -13,14 +13,17 @@ from typing import Any
 import cv2
 import numba as nb
 import numpy as np
-from numba import float32, uint32, uint64
+from numba import float32, int64, uint32, uint64
+
+from orl_fast.mining.scratch import Scratch
 
 SCALES = (150.0, 300.0, 450.0)
 MIN_SIZE_PX = 100
 _SIGMA_PX = float(np.float32(0.8))  # OpenCV passes it as float32; the kernel's last digits decide edges
 _LOW_K, _HIGH_K = np.float32(SCALES[0]), np.float32(SCALES[-1])
 _NONE = np.uint32(0xFFFFFFFF)
-_BLOCK = 512  # edges whose components are looked up together, so that their cache misses overlap
+_BLOCK = 512  # edges whose components are looked up together, so that the look-ups overlap
+_INSERTION = 48  # below this many edges insertion sort is fastest
 _RECENT = 8192  # direct-mapped memory of recent pairs of cores; a miss only costs a duplicate
 
 Array = np.ndarray[Any, Any]
@@ -31,7 +34,7 @@ class Segmentations:
     """Three segmentations of one image, over their common refinement.
 
     Attributes:
-        atoms: [H, W] uint32, the intersection of the three label maps.
+        atoms: [H, W] uint32, the intersection of the three label maps; in the scratch buffers.
         regions: for each k, [A] uint32: the region that holds an atom; ids in raster order.
         num_regions: for each k.
     """
@@ -41,22 +44,33 @@ class Segmentations:
     num_regions: tuple[int, ...]
 
 
-def segment(image: Array) -> Segmentations:
+def segment(image: Array, scratch: Scratch) -> Segmentations:
     """Segment an image [H, W, 3] uint8 with k = 150, 300, 450, sigma 0.8 and regions of at least 100 pixels (section 4)."""
     height, width = image.shape[:2]
-    blurred = cv2.GaussianBlur(image.astype(np.float32), (0, 0), _SIGMA_PX)
-    forest = _grow_cores(_sort_edges(_edges(blurred)), width, height * width)
-    core_of_pixel, sizes, last, first, second, weights = _number_cores(*forest)
-    labels, counts = zip(*(_segment_cores(sizes, last, first, second, weights, np.float32(k)) for k in SCALES), strict=True)
+    num_pixels, num_edges = height * width, height * (width - 1) + (height - 1) * width
+    exact = scratch.take("exact", image.shape, np.float32)
+    np.copyto(exact, image)
+    blurred = cv2.GaussianBlur(exact, (0, 0), _SIGMA_PX, dst=scratch.take("blurred", image.shape, np.float32))
+    edges, ordered = scratch.take("edges", (num_edges,), np.uint64), scratch.take("ordered", (num_edges,), np.uint64)
+    _weigh_edges(blurred, edges)
+    _sort_edges(edges, ordered)
+    parent, state = scratch.take("parent", (num_pixels,), np.uint32), scratch.take("state", (num_pixels, 2), np.float32)
+    pairs, weights = edges, scratch.take("weights", (num_edges,), np.float32)
+    num_pairs = _grow_cores(ordered, width, parent, state, pairs, weights)
+    core_of_pixel = scratch.take("cores", (num_pixels,), np.uint32)
+    sizes, last, num_pairs = _number_cores(parent, state, pairs[:num_pairs], weights[:num_pairs], core_of_pixel)
+    found = [_segment_cores(sizes, last, pairs[:num_pairs], weights[:num_pairs], np.float32(k)) for k in SCALES]
+    labels, counts = zip(*found, strict=True)
     atom_of_core, regions = _intersect(*labels, counts[0])
-    return Segmentations(atoms=atom_of_core[core_of_pixel].reshape(height, width), regions=tuple(regions), num_regions=counts)
+    atoms = scratch.take("atoms", (num_pixels,), np.uint32)
+    np.take(atom_of_core, core_of_pixel, out=atoms, mode="clip")
+    return Segmentations(atoms=atoms.reshape(height, width), regions=tuple(regions), num_regions=counts)
 
 
 @nb.njit(cache=True, nogil=True)
-def _edges(blurred: Array) -> Array:
+def _weigh_edges(blurred: Array, edges: Array) -> None:
     """[E] uint64: the weight's float32 bits in the upper half, 2 * pixel + (0 to the right, 1 down) in the lower."""
     height, width, _ = blurred.shape
-    edges = np.empty(height * (width - 1) + (height - 1) * width, np.uint64)
     weight = np.empty(width, np.float32)
     bits = weight.view(np.uint32)
     n = 0
@@ -75,37 +89,59 @@ def _edges(blurred: Array) -> Array:
             for x in range(count):
                 out[x] = (uint64(bits[x]) << uint64(32)) | uint64(2 * (y * width + x) + down)
             n += count
-    return edges
+
+
+@nb.njit(cache=True, nogil=True, inline="always")
+def _starts(counts):  # type: ignore[no-untyped-def]
+    """Turn counts into the position where each bucket starts."""
+    total = uint32(0)
+    for i in range(len(counts)):
+        count = counts[i]
+        counts[i] = total
+        total += count
+
+
+@nb.njit(cache=True, nogil=True, inline="always")
+def _place(source, target, position, shift, mask):  # type: ignore[no-untyped-def]
+    for i in range(len(source)):
+        edge = source[i]
+        bucket = uint32(edge >> shift) & mask
+        place = position[bucket]
+        target[place] = edge
+        position[bucket] = place + uint32(1)
 
 
 @nb.njit(cache=True, nogil=True)
-def _sort_edges(edges: Array) -> Array:
-    """Stable radix sort by weight, 3 digits of 11 bits; floats >= 0 sort like their bits. Overwrites its argument."""
-    counts = np.zeros((3, 2048), np.uint32)
-    low, middle, high = counts[0], counts[1], counts[2]
+def _sort_edges(edges: Array, ordered: Array) -> None:
+    """Stable sort by weight (floats >= 0 sort like their bits): buckets by the upper 14 bits, each small enough to be sorted in cache."""
     words = edges.view(np.uint32)
+    position = np.zeros(1 << 14, np.uint32)
     for i in range(len(edges)):
-        key = words[2 * i + 1]
-        low[key & uint32(2047)] += uint32(1)
-        middle[(key >> uint32(11)) & uint32(2047)] += uint32(1)
-        high[key >> uint32(22)] += uint32(1)
-    source, target = edges, np.empty_like(edges)
-    for digit in range(3):
-        position = counts[digit]
-        total = uint32(0)
-        for i in range(2048):
-            count = position[i]
-            position[i] = total
-            total += count
-        shift = uint64(32 + 11 * digit)
-        for i in range(len(source)):
-            edge = source[i]
-            bucket = uint32(edge >> shift) & uint32(2047)
-            place = position[bucket]
-            target[place] = edge
-            position[bucket] = place + uint32(1)
-        source, target = target, source
-    return source
+        position[words[2 * i + 1] >> uint32(17)] += uint32(1)
+    _starts(position)
+    _place(edges, ordered, position, uint64(49), uint32(0x3FFF))
+    low, high = np.empty(512, np.uint32), np.empty(256, np.uint32)
+    start = 0
+    for bucket in range(len(position)):
+        stop = int64(position[bucket])
+        part, spare = ordered[start:stop], edges[start:stop]
+        if len(part) < _INSERTION:
+            for i in range(1, len(part)):
+                edge, j = part[i], i
+                while j > 0 and (part[j - 1] >> uint64(32)) > (edge >> uint64(32)):
+                    part[j] = part[j - 1]
+                    j -= 1
+                part[j] = edge
+        else:
+            low[:], high[:] = 0, 0
+            for edge in part:
+                low[uint32(edge >> uint64(32)) & uint32(511)] += uint32(1)
+                high[uint32(edge >> uint64(41)) & uint32(255)] += uint32(1)
+            _starts(low)
+            _starts(high)
+            _place(part, spare, low, uint64(32), uint32(511))
+            _place(spare, part, high, uint64(41), uint32(255))
+        start = stop
 
 
 @nb.njit(cache=True, nogil=True, inline="always")
@@ -119,119 +155,122 @@ def _root(parent, node):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
-def _grow_cores(edges: Array, width: int, num_pixels: int) -> tuple[Array, Array, Array, Array, Array]:
-    """Join what every k joins.
+def _grow_cores(edges: Array, width: int, parent: Array, state: Array, pairs: Array, weights: Array) -> int:
+    """Join what every k joins; returns the number M of edges left to be decided per k.
 
-    Returns:
-        parent: [N] uint32 union-find forest. state: [N, 4] float32 of each root: the thresholds w_last + k / size for the smallest and the
-        largest k, w_last, and the size as uint32 bits. first, second, weights: [M] the edges that some k does not accept, in order.
+    Args:
+        edges: [E], sorted.
+        parent: [N] uint32, becomes the union-find forest.
+        state: [N, 2] float32, becomes each root's w_last, and its size as int32 bits, negative once it is frozen.
+        pairs, weights: [E], become the M edges left, in order: root << 32 | root, and weight.
     """
-    parent = np.empty(num_pixels, np.uint32)
-    state = np.empty((num_pixels, 4), np.float32)
-    size = state.view(np.uint32)
-    for i in range(num_pixels):
+    size = state.view(np.int32)
+    for i in range(len(parent)):
         parent[i] = i
-        state[i, 0], state[i, 1], state[i, 2] = _LOW_K, _HIGH_K, 0
-        size[i, 3] = 1
-    first, second = np.empty(len(edges), np.uint32), np.empty(len(edges), np.uint32)
-    weights = np.empty(len(edges), np.float32)
+        state[i, 0], size[i, 1] = 0, 1
     recent = np.full(_RECENT, ~uint64(0))
-    block_first, block_second = np.empty(_BLOCK + 1, np.uint32), np.empty(_BLOCK + 1, np.uint32)
-    block_weight = np.empty(_BLOCK + 1, np.float32)
+    first, second, weight = np.empty(_BLOCK + 1, np.uint32), np.empty(_BLOCK + 1, np.uint32), np.empty(_BLOCK + 1, np.float32)
     offset = np.array([1, width], np.uint32)
     words, floats = edges.view(np.uint32), edges.view(np.float32)
     n = 0
     for start in range(0, len(edges), _BLOCK):
-        stop = min(start + _BLOCK, len(edges))
-        word, weight = words[2 * start : 2 * stop], floats[2 * start : 2 * stop]
+        block_words, block_floats = words[2 * start : 2 * (start + _BLOCK)], floats[2 * start : 2 * (start + _BLOCK)]
         live = 0
-        for i in range(stop - start):  # no branch: most edges lie within a component already and drop out here
-            pixel = word[2 * i] >> uint32(1)
-            neighbor = pixel + offset[word[2 * i] & uint32(1)]
-            a, b = _root(parent, pixel), _root(parent, neighbor)
+        for i in range(len(block_words) // 2):  # without a branch: most edges lie within a component by now and drop out here
+            pixel = block_words[2 * i] >> uint32(1)
+            neighbor = pixel + offset[block_words[2 * i] & uint32(1)]
+            a, b = parent[parent[pixel]], parent[parent[neighbor]]
             parent[pixel], parent[neighbor] = a, b
-            block_first[live], block_second[live], block_weight[live] = a, b, weight[2 * i + 1]
+            first[live], second[live], weight[live] = a, b, block_floats[2 * i + 1]
             live += a != b
         for i in range(live):
-            a, b, w = _root(parent, block_first[i]), _root(parent, block_second[i]), block_weight[i]
+            a, b, w = _root(parent, first[i]), _root(parent, second[i]), weight[i]
             if a == b:
                 continue
-            if w <= min(state[a, 0], state[b, 0]):
-                total = size[a, 3] + size[b, 3]
-                if size[a, 3] < size[b, 3]:
+            last_a, last_b, size_a, size_b = state[a, 0], state[b, 0], size[a, 1], size[b, 1]
+            free_a, free_b = size_a > 0, size_b > 0
+            if free_a & free_b & (w <= last_a + _LOW_K / float32(size_a)) & (w <= last_b + _LOW_K / float32(size_b)):
+                if size_a < size_b:
                     a, b = b, a
                 parent[b] = a
-                size[a, 3] = total
-                state[a, 0], state[a, 1], state[a, 2] = w + _LOW_K / float32(total), w + _HIGH_K / float32(total), w
+                state[a, 0], size[a, 1] = w, size_a + size_b
                 continue
-            if w <= min(state[a, 1], state[b, 1]):  # some k accept it: from here on both are decided per k
-                state[a, 0], state[a, 1] = -1, np.inf
-                state[b, 0], state[b, 1] = -1, np.inf
+            possible_a = (w <= last_a + _HIGH_K / float32(size_a)) if free_a else True
+            possible_b = (w <= last_b + _HIGH_K / float32(size_b)) if free_b else True
+            if possible_a & possible_b:  # some k accepts it: from here on both are decided per k
+                size[a, 1], size[b, 1] = -abs(size_a), -abs(size_b)
             pair = (uint64(min(a, b)) << uint64(32)) | uint64(max(a, b))
             slot = (pair * uint64(0x9E3779B97F4A7C15)) >> uint64(51)
             if recent[slot] != pair:
                 recent[slot] = pair
-                first[n], second[n], weights[n] = a, b, w
+                pairs[n], weights[n] = pair, w
                 n += 1
-    return parent, state, first[:n], second[:n], weights[:n]
+    return n
 
 
 @nb.njit(cache=True, nogil=True)
-def _number_cores(
-    parent: Array, state: Array, first: Array, second: Array, weights: Array
-) -> tuple[Array, Array, Array, Array, Array, Array]:
-    """Number the cores in raster order: core of each pixel [N], sizes and w_last [C], and the edges [M] between cores."""
-    size = state.view(np.uint32)
-    number = np.full(len(parent), _NONE)
-    core_of_pixel = np.empty(len(parent), np.uint32)
+def _number_cores(parent: Array, state: Array, pairs: Array, weights: Array, core_of_pixel: Array) -> tuple[Array, Array, int]:
+    """Number the C cores in raster order: fills core_of_pixel [N], renames the pairs and drops those within a core.
+
+    Returns:
+        sizes [C] uint32, w_last [C] float32, and how many pairs are left.
+    """
+    size = state.view(np.int32)
+    core_of_pixel[:] = _NONE
     sizes, last = np.empty(len(parent), np.uint32), np.empty(len(parent), np.float32)
     n = uint32(0)
     for pixel in range(len(parent)):
         root = _root(parent, pixel)
-        if number[root] == _NONE:
-            number[root] = n
-            sizes[n], last[n] = size[root, 3], state[root, 2]
+        if core_of_pixel[root] == _NONE:
+            core_of_pixel[root] = n
+            sizes[n], last[n] = abs(size[root, 1]), state[root, 0]
             n += uint32(1)
-        core_of_pixel[pixel] = number[root]
-    a, b, w = np.empty_like(first), np.empty_like(first), np.empty_like(weights)
+        core_of_pixel[pixel] = core_of_pixel[root]
     m = 0
-    for i in range(len(first)):
-        a[m], b[m], w[m] = core_of_pixel[first[i]], core_of_pixel[second[i]], weights[i]
-        m += a[m] != b[m]
-    return core_of_pixel, sizes[:n].copy(), last[:n].copy(), a[:m].copy(), b[:m].copy(), w[:m].copy()
+    for i in range(len(pairs)):
+        a, b = core_of_pixel[pairs[i] >> uint64(32)], core_of_pixel[pairs[i] & uint64(0xFFFFFFFF)]
+        pairs[m], weights[m] = (uint64(a) << uint64(32)) | uint64(b), weights[i]
+        m += a != b
+    return sizes[:n].copy(), last[:n].copy(), m
 
 
 @nb.njit(cache=True, nogil=True)
-def _segment_cores(sizes: Array, last: Array, first: Array, second: Array, weights: Array, k: float) -> tuple[Array, int]:
+def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: float) -> tuple[Array, int]:
     """The segmentation for one k: join cores by the criterion, then regions below the minimum size; [C] uint32 labels, their number."""
     num_cores = len(sizes)
     parent, size = np.arange(num_cores).astype(np.uint32), sizes.copy()
     threshold = np.empty(num_cores, np.float32)
     for i in range(num_cores):
         threshold[i] = last[i] + k / float32(size[i])
-    a_left, b_left = np.empty(len(first) + 1, np.uint32), np.empty(len(first) + 1, np.uint32)
-    n = 0
-    for i in range(len(first)):
-        a, b, w = _root(parent, first[i]), _root(parent, second[i]), weights[i]
-        parent[first[i]], parent[second[i]] = a, b
-        if a == b:
-            continue
-        if w <= min(threshold[a], threshold[b]):
-            if size[a] < size[b]:
-                a, b = b, a
-            parent[b] = a
-            size[a] += size[b]
-            threshold[a] = w + k / float32(size[a])
-        else:
-            a_left[n], b_left[n] = a, b
-            n += 1
+    left, n = np.empty(len(pairs) + 1, np.uint64), 0
+    first, second, weight = np.empty(_BLOCK + 1, np.uint32), np.empty(_BLOCK + 1, np.uint32), np.empty(_BLOCK + 1, np.float32)
+    for start in range(0, len(pairs), _BLOCK):
+        block_pairs, block_weights = pairs[start : start + _BLOCK], weights[start : start + _BLOCK]
+        live = 0
+        for i in range(len(block_pairs)):  # as in `_grow_cores`
+            one, other = uint32(block_pairs[i] >> uint64(32)), uint32(block_pairs[i] & uint64(0xFFFFFFFF))
+            a, b = parent[parent[one]], parent[parent[other]]
+            parent[one], parent[other] = a, b
+            first[live], second[live], weight[live] = a, b, block_weights[i]
+            live += a != b
+        for i in range(live):
+            a, b, w = _root(parent, first[i]), _root(parent, second[i]), weight[i]
+            if w > min(threshold[a], threshold[b]):
+                left[n] = (uint64(a) << uint64(32)) | uint64(b)
+                n += a != b
+            elif a != b:
+                if size[a] < size[b]:
+                    a, b = b, a
+                parent[b] = a
+                size[a] += size[b]
+                threshold[a] = w + k / float32(size[a])
     m = 0
     for i in range(n):  # sizes only grow: what is large enough now stays out
-        a, b = _root(parent, a_left[i]), _root(parent, b_left[i])
-        a_left[m], b_left[m] = a, b
+        a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
+        left[m] = (uint64(a) << uint64(32)) | uint64(b)
         m += (a != b) & (min(size[a], size[b]) < MIN_SIZE_PX)
     for i in range(m):
-        a, b = _root(parent, a_left[i]), _root(parent, b_left[i])
+        a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
         if a != b and min(size[a], size[b]) < MIN_SIZE_PX:
             if size[a] < size[b]:
                 a, b = b, a

@@ -1,0 +1,26 @@
+"""Buffers that are used again for the next image: fresh memory costs page faults, an eighth of selective search's time."""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+_KEEP_BYTES = 2**24  # per buffer; those of large images are made and freed as usual
+
+
+class Scratch:
+    """Uninitialized arrays by name. An array is valid until its name is taken again; not for two threads."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray[Any, Any]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray[Any, Any]:
+        """An array of a shape, over the name's buffer."""
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if num_bytes > _KEEP_BYTES:
+            return np.empty(shape, dtype)
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < num_bytes:
+            buffer = self._buffers[name] = np.empty(num_bytes, np.uint8)
+        return buffer[:num_bytes].view(dtype).reshape(shape)
