@@ -158,8 +158,8 @@ def _transpose(source, target):  # type: ignore[no-untyped-def]
     for x in range(0, columns, _TILE):  # a part of the target that stays in the nearest cache
         width = min(_TILE, columns - x)
         for y in range(0, rows, 8):
-            a, b, c, d = source[y, x : x + width], source[y + 1, x : x + width], source[y + 2, x : x + width], source[y + 3, x : x + width]
-            e, f, g, h = source[y + 4, x : x + width], source[y + 5, x : x + width], source[y + 6, x : x + width], source[y + 7, x : x + width]
+            part = source[y : y + 8, x : x + width]
+            a, b, c, d, e, f, g, h = part[0], part[1], part[2], part[3], part[4], part[5], part[6], part[7]
             for i in range(width):
                 tile[8 * i], tile[8 * i + 1], tile[8 * i + 2], tile[8 * i + 3] = a[i], b[i], c[i], d[i]
                 tile[8 * i + 4], tile[8 * i + 5], tile[8 * i + 6], tile[8 * i + 7] = e[i], f[i], g[i], h[i]

@@ -13,6 +13,7 @@ from orl_fast.views.plan import PATCH_SIDE_PX
 from orl_fast.views.renderer import ImageSource
 
 _REMEDY = "orl-fast mine patches"
+_MAX_OPEN_MAPS = 128  # each holds a file descriptor
 
 
 class PatchStore:
@@ -25,10 +26,8 @@ class PatchStore:
     def __init__(self, folder: Path) -> None:
         self.rows: NDArray[np.int64] = open_array(folder, "roi_row")
         self._shard, self._offset, self._size = (open_array(folder, name) for name in ("shard", "offset", "size"))
-        self._maps = [_mapped(folder / f"patches-{shard:06d}.tar") for shard in range(int(self._shard.max(initial=-1)) + 1)]
-        lengths = np.array([len(mapped) for mapped in self._maps], np.int64)
-        if len(self.rows) and (self._offset + self._size > lengths[self._shard]).any():
-            raise DataError(f"{folder}: a tar file is shorter than its table says; remove the folder and run {_REMEDY}")
+        self._folder = folder
+        self._maps: dict[int, mmap.mmap] = {}
 
     @classmethod
     def open(cls, folder: Path, *, made_from: Mapping[str, str]) -> "PatchStore":
@@ -47,7 +46,25 @@ class PatchStore:
 
     def view(self, i: int, /) -> NDArray[np.uint8]:
         """The bytes of patch `i`, without a copy."""
-        return np.frombuffer(self._maps[self._shard[i]], np.uint8, int(self._size[i]), int(self._offset[i]))
+        mapped = self._map(int(self._shard[i]))
+        try:
+            return np.frombuffer(mapped, np.uint8, int(self._size[i]), int(self._offset[i]))
+        except ValueError as error:
+            raise DataError(f"{self._folder}: patch {i} lies beyond the end of its tar file; remove the folder and run {_REMEDY}") from error
+
+    def _map(self, shard: int) -> mmap.mmap:
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            path = self._folder / f"patches-{shard:06d}.tar"
+            try:
+                with path.open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path}: cannot be read ({error}); remove {self._folder} and run {_REMEDY}") from error
+            if len(self._maps) >= _MAX_OPEN_MAPS:
+                self._maps.clear()  # maps in use live on in their views
+            self._maps[shard] = mapped
+        return mapped
 
 
 class PatchedSource:
@@ -58,11 +75,3 @@ class PatchedSource:
 
     def view(self, i: int, /) -> NDArray[np.uint8]:
         return self._images.view(i) if i < self._num_images else self._patches.view(i - self._num_images)
-
-
-def _mapped(path: Path) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove {path.parent} and run {_REMEDY}") from error

@@ -1,0 +1,51 @@
+"""Every image once per epoch, and the same global batches however they are shared."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orl_fast.errors import ConfigError
+from orl_fast.views.sampler import Sampler
+
+
+@settings(max_examples=40, deadline=None)
+@given(num_images=st.integers(1, 3000), batch=st.integers(1, 64), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
+def test_an_epoch_holds_every_image_once(num_images: int, batch: int, seed: int, epoch: int) -> None:
+    sampler = Sampler(num_images=num_images, micro_batch=batch, seed=seed, drop_last=False)
+    first = epoch * sampler.steps_per_epoch
+    rows = np.concatenate([sampler.rows(first + step) for step in range(sampler.steps_per_epoch)])
+    assert np.array_equal(np.sort(rows), np.arange(num_images))
+    assert sampler.epoch_of(first) == epoch == sampler.epoch_of(first + sampler.steps_per_epoch - 1)
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (4, 1), (1, 3), (2, 3)])
+def test_ranks_and_accumulation_share_the_same_global_batch(world_size: int, accumulate: int) -> None:
+    whole = Sampler(num_images=1000, micro_batch=24, seed=3)
+    shared = Sampler(num_images=1000, micro_batch=24 // (world_size * accumulate), world_size=world_size, accumulate=accumulate, seed=3)
+    assert whole.steps_per_epoch == shared.steps_per_epoch == 41
+    for step in (0, 17, 40, 41, 100):
+        parts = [shared.rows(step, rank=rank, micro=micro) for micro in range(accumulate) for rank in range(world_size)]
+        assert np.array_equal(np.concatenate(parts), whole.rows(step))
+
+
+def test_orders_differ_between_seeds_and_epochs_and_look_random() -> None:
+    orders = [Sampler(num_images=10_000, micro_batch=10_000, seed=seed).rows(epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for i, order in enumerate(orders):
+        assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
+        assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.05
+        assert all((order == other).mean() < 0.01 for other in orders[i + 1 :])
+
+
+def test_any_place_of_a_hundred_million_images_is_reached_at_once() -> None:
+    sampler = Sampler(num_images=100_000_000, micro_batch=1000, seed=0)
+    rows = np.concatenate([sampler.rows(step) for step in (0, 50_000, 99_999)])
+    assert len(np.unique(rows)) == 3000
+    assert rows.min() >= 0
+    assert rows.max() < 100_000_000
+
+
+def test_too_few_images_for_a_batch_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"only 10 images.*batch_size to at most 10"):
+        Sampler(num_images=10, micro_batch=4, world_size=4, seed=0)
+    assert [len(Sampler(num_images=10, micro_batch=4, world_size=4, seed=0, drop_last=False).rows(0, rank=r)) for r in range(4)] == [4, 4, 2, 0]
