@@ -1,0 +1,79 @@
+"""`orl-fast demo`: the whole method on drawn scenes, in minutes."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from orl_fast.demo.run import Demo
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-run"), show_default=True, help="Where all of it goes."
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the scenes and of training.")
+@click.option("--fast", is_flag=True, help="A few scenes, one epoch: shows that everything works, too little to learn from.")
+@click.option("--restart", is_flag=True, help="Start anew instead of going on with what is there.")
+def command(out: Path, seed: int, fast: bool, restart: bool) -> None:
+    """Draw scenes, pack them, BYOL, mine, ORL, then score the features against random ones. Two cores, no GPU and no download needed.
+
+    Exit code 1 if the features of BYOL or ORL do not beat random ones by a clear margin.
+    """
+    from orl_fast.demo.run import FAST, Demo, DemoSize, Stopped, learned_beat_random
+    from orl_fast.train.distributed import process_group
+
+    with process_group() as ranks:
+        demo = Demo(folder=out, seed=seed, size=FAST if fast else DemoSize(), ranks=ranks)
+        if restart:
+            demo.clear()
+        try:
+            results = demo.run()
+        except Stopped as stopped:
+            click.echo(f"Stopped; run the same command again to go on in {out}.")
+            sys.exit(128 + stopped.signum)
+    _show(demo, results)
+    if fast:
+        click.echo("With --fast, scores mean nothing and are not checked.")
+        return
+    failed = learned_beat_random(results)
+    if failed:
+        click.echo(f"FAILED: the features of {' and '.join(failed)} do not beat random ones by a clear margin.")
+        sys.exit(1)
+    click.echo("Learned features beat random ones. Between ORL and BYOL nothing is claimed: one small run cannot tell.")
+
+
+def _show(demo: "Demo", results: dict[str, dict[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from orl_fast.console import human_time
+
+    table = Table(title="Recognizing held-out digits by frozen features (top-1)", title_justify="left")
+    table.add_column("features")
+    table.add_column("linear probe", justify="right")
+    table.add_column("kNN", justify="right")
+    for name, values in results.items():
+        table.add_row(name, f"{100 * values['probe']:.1f} %", f"{100 * values['knn']:.1f} %")
+    console = Console(highlight=False)
+    console.print()
+    console.print(table)
+    shards, runs = demo.shards.relative_to(demo.folder), demo.run_folder("byol").parent.relative_to(demo.folder)
+    console.print(
+        f"Chance is {100 * results['random']['chance']:.1f} %. {human_time(sum(demo.times_s.values()))} in all.\n\n"
+        f"In {demo.folder}/:\n"
+        f"  {demo.picture.name:<24} mined pairs, to look at\n"
+        f"  {shards!s:<24} packed scenes, with the tables of stage 2 in mined/\n"
+        f"  {runs!s:<24} runs: byol/ and orl/, each with checkpoint.pt\n"
+        f"  results.json             the table above\n\n"
+        "The same on your photographs:\n"
+        "  orl-fast shard PHOTOS/\n"
+        "  orl-fast train --epochs 800\n"
+        "  orl-fast mine\n"
+        "  orl-fast train --epochs 800\n"
+        "  orl-fast eval probe runs/PHOTOS/orl LABELLED/\n"
+        "  orl-fast show pairs\n",
+        soft_wrap=True,
+    )

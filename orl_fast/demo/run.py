@@ -1,0 +1,180 @@
+"""The demo's stages, each by the functions that the commands use: draw, pack, BYOL, mine, ORL, evaluate, pictures.
+
+What a stage has done stays done: run again, it goes on where it stopped, as each of these functions does by itself.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from orl_fast.config import Config, load_config, with_overrides
+from orl_fast.console import human_time, log
+from orl_fast.demo.scenes import write_scenes
+from orl_fast.evals import LabelledData, encode_labelled, knn, linear_probe, open_labelled, with_test
+from orl_fast.files import write_json
+from orl_fast.mining.stage import Stage
+from orl_fast.models import Encoder, load_encoder
+from orl_fast.models.encoder import random_encoder
+from orl_fast.report import draw_grid, pair_grid, save_picture
+from orl_fast.shards import ShardIndex, write_shards
+from orl_fast.tables import PairTable, RoiTable
+from orl_fast.train.distributed import Ranks
+from orl_fast.train.loop import train
+from orl_fast.train.stage import open_mined
+
+# Three losses are summed in stage 3: at stage 1's rate it learns worse.
+ORL_OVERRIDES = ("optim.lr_per_256=0.4",)
+PROBE_SIZE_PX = 24
+MARGIN = 0.03  # of top-1: less than this above random features is no clear margin
+_PICTURED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """How much is drawn and trained: scenes to learn from, labelled scenes of each part, epochs of each stage."""
+
+    num_scenes: int = 2000
+    num_labelled: int = 500
+    epochs: int = 8
+
+
+FAST = DemoSize(num_scenes=256, num_labelled=100, epochs=1)
+
+
+class Stopped(Exception):
+    """A signal ended a stage, whose state is saved; `signum` says which."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The demo in one folder.
+
+    Attributes:
+        folder: gets scenes/, shards/, runs/, pairs.png and results.json.
+        times_s: how long each stage took in this run.
+    """
+
+    folder: Path
+    seed: int = 0
+    size: DemoSize = field(default_factory=DemoSize)
+    ranks: Ranks = field(default_factory=Ranks)
+    times_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> Path:
+        return self.folder / "shards" / "scenes"
+
+    def run_folder(self, method: str) -> Path:
+        return self.folder / "runs" / "scenes" / method
+
+    @property
+    def picture(self) -> Path:
+        return self.folder / "pairs.png"
+
+    def clear(self) -> None:
+        """Remove what an earlier demo left in the folder, and nothing else."""
+        for name in ("scenes", "shards", "runs"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for file in (self.picture, self.folder / "results.json"):
+            file.unlink(missing_ok=True)
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """All stages.
+
+        Returns:
+            For "random", "BYOL" and "ORL": "probe" and "knn", top-1 on held-out labelled digits; 0 to 1.
+        Raises:
+            Stopped: by SIGINT or SIGTERM; the same call goes on.
+            StaleError: the folder holds a demo of another seed or size.
+        """
+        start_s = time.monotonic()
+        with self._stage("drawing scenes", start_s):
+            scenes = self.folder / "scenes"
+            write_scenes(scenes / "train", num_scenes=self.size.num_scenes, seed=self.seed)
+            write_scenes(scenes / "labelled", num_scenes=self.size.num_labelled, seed=self.seed, labelled=True)
+            write_scenes(scenes / "test", num_scenes=self.size.num_labelled, seed=self.seed, labelled=True, held_out_digits=True)
+        with self._stage("packing them", start_s):
+            write_shards([scenes / "train" / "images"], self.shards, num_workers=self.ranks.num_threads)
+        index = ShardIndex.open(self.shards)
+        config = load_config("demo", overrides=[f"train.seed={self.seed}", f"train.epochs={self.size.epochs}"])
+        with self._stage("stage 1: BYOL", start_s):
+            self._train("byol", config, index)
+        with self._stage("stage 2: mining", start_s):
+            Stage(
+                index=index,
+                folder=self.shards / "mined",
+                config=config,
+                checkpoint=self.run_folder("byol"),
+                device=self.ranks.device,
+                num_workers=self.ranks.num_threads,
+            ).run()
+        with self._stage("stage 3: ORL", start_s):
+            self._train("orl", with_overrides(config, ORL_OVERRIDES), index)
+        with self._stage("scoring features", start_s):
+            results = self._evaluate(config, scenes)
+        with self._stage("drawing pairs", start_s):
+            self._draw_pairs(index)
+        return results
+
+    @contextmanager
+    def _stage(self, name: str, start_s: float) -> Iterator[None]:
+        log.info("── %s", name)
+        begun_s = time.monotonic()
+        yield
+        now_s = time.monotonic()
+        self.times_s[name] = now_s - begun_s
+        log.info("── %s: done in %s, %s in all", name, human_time(now_s - begun_s), human_time(now_s - start_s))
+
+    def _train(self, method: str, config: Config, index: ShardIndex) -> None:
+        mined = open_mined(index, self.shards / "mined", config) if method == "orl" else None
+        outcome = train(method, config, index=index, folder=self.run_folder(method), mined=mined, ranks=self.ranks)
+        if outcome.signum:
+            raise Stopped(outcome.signum)
+
+    def _evaluate(self, config: Config, scenes: Path) -> dict[str, dict[str, float]]:
+        """Scores of the three encoders, from results.json where it holds those of these very weights."""
+        encoders: dict[str, Callable[[], Encoder]] = {
+            "random": lambda: random_encoder(config),
+            "BYOL": lambda: load_encoder(self.run_folder("byol")),
+            "ORL": lambda: load_encoder(self.run_folder("orl")),
+        }
+        file = self.folder / "results.json"
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        data = with_test(open_labelled(scenes / "labelled"), open_labelled(scenes / "test"))
+        results = {}
+        for name, load in encoders.items():
+            encoder = load()
+            if known.get(name, {}).get("encoder") != encoder.fingerprint:
+                known[name] = {"encoder": encoder.fingerprint, **self._score(encoder, data)}
+                write_json(file, known)
+            results[name] = {kind: known[name][kind] for kind in ("probe", "knn", "chance")}
+        return results
+
+    def _score(self, encoder: Encoder, data: LabelledData) -> dict[str, float]:
+        features = encode_labelled(encoder, data, size_px=PROBE_SIZE_PX, device=self.ranks.device, num_threads=self.ranks.num_threads)
+        probe = linear_probe(features.train, features.test, seed=self.seed)
+        return {"probe": probe["top1"], "knn": knn(features.train, features.test)["top1"], "chance": probe["chance"]}
+
+    def _draw_pairs(self, index: ShardIndex) -> None:
+        mined = self.shards / "mined"
+        images = np.sort(np.random.default_rng(self.seed).permutation(len(index))[:_PICTURED]).tolist()
+        tables = RoiTable.open(mined / "rois"), PairTable.open(mined / "pairs")
+        save_picture(
+            draw_grid(pair_grid(index, *tables, images=images, num_neighbors=4, title="Corresponding RoIs of the demo")), self.picture
+        )
+
+
+def learned_beat_random(results: dict[str, dict[str, float]]) -> list[str]:
+    """What fell short of the demo's check: the linear probe of BYOL and of ORL, clearly above random features. Empty: it passed."""
+    floor = results["random"]["probe"] + MARGIN
+    return [name for name in ("BYOL", "ORL") if results[name]["probe"] < floor]
