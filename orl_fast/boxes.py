@@ -193,6 +193,12 @@ def jitter_boxes(
     return out
 
 
+@nb.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+def _reaches(inter, both, min_iou):  # type: ignore[no-untyped-def]
+    """Whether boxes of areas `both` together overlap by more than min_iou, given their common area or a bound of it."""
+    return min_iou < 0 or inter / (both - inter) > min_iou
+
+
 @nb.njit(cache=True, nogil=True, error_model="numpy")
 def jitter_kernel(  # type: ignore[no-untyped-def]
     x1, y1, x2, y2, height, width, seed, epoch, image, stream, shift, area_lo, area_hi, aspect_lo, aspect_hi, min_iou, attempts
@@ -203,18 +209,22 @@ def jitter_kernel(  # type: ignore[no-untyped-def]
     area = np.float64(box_w * box_h)
     log_lo, log_hi = np.log(aspect_lo), np.log(aspect_hi)
     for attempt in range(attempts):
+        # Draws are numbered, so those of an attempt that has failed already need not be made: most attempts end early.
         new_area = area * (area_lo + (area_hi - area_lo) * uniform(seed, epoch, image, stream, 4 * attempt))
         aspect = np.exp(log_lo + (log_hi - log_lo) * uniform(seed, epoch, image, stream, 4 * attempt + 1))
-        center_x = x1 + 0.5 * box_w + shift * (2 * uniform(seed, epoch, image, stream, 4 * attempt + 2) - 1) * box_w
-        center_y = y1 + 0.5 * box_h + shift * (2 * uniform(seed, epoch, image, stream, 4 * attempt + 3) - 1) * box_h
         w, h = np.int64(np.rint(np.sqrt(new_area * aspect))), np.int64(np.rint(np.sqrt(new_area / aspect)))
-        x, y = np.int64(np.rint(center_x - 0.5 * w)), np.int64(np.rint(center_y - 0.5 * h))
-        if w < 1 or h < 1 or x < 0 or y < 0 or x + w > width or y + h > height:
+        both, common_w, common_h = box_w * box_h + w * h, min(w, box_w), min(h, box_h)
+        if w < 1 or h < 1 or w > width or h > height or not _reaches(common_w * common_h, both, min_iou):
             continue
-        if min_iou < 0:
-            return x, y, x + w, y + h
-        inter = max(0, min(x2, x + w) - max(x1, x)) * max(0, min(y2, y + h) - max(y1, y))
-        if inter / (box_w * box_h + w * h - inter) > min_iou:
+        center_x = x1 + 0.5 * box_w + shift * (2 * uniform(seed, epoch, image, stream, 4 * attempt + 2) - 1) * box_w
+        x = np.int64(np.rint(center_x - 0.5 * w))
+        common_w = max(0, min(x2, x + w) - max(x1, x))
+        if x < 0 or x + w > width or not _reaches(common_w * common_h, both, min_iou):
+            continue
+        center_y = y1 + 0.5 * box_h + shift * (2 * uniform(seed, epoch, image, stream, 4 * attempt + 3) - 1) * box_h
+        y = np.int64(np.rint(center_y - 0.5 * h))
+        common_h = max(0, min(y2, y + h) - max(y1, y))
+        if y >= 0 and y + h <= height and _reaches(common_w * common_h, both, min_iou):
             return x, y, x + w, y + h
     return x1, y1, x2, y2
 
