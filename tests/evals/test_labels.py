@@ -1,0 +1,113 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from orl_fast.errors import DataError
+from orl_fast.evals import LabelledObjects, open_labelled, split_by_image, with_test
+
+
+def _write(path: Path, size: tuple[int, int] = (40, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "gray").save(path)
+
+
+def _coco(root: Path, num_images: int = 3) -> Path:
+    annotations = []
+    for i in range(num_images):
+        _write(root / "val" / f"{i}.jpg")
+        annotations += [
+            {"id": 3 * i, "image_id": 10 + i, "category_id": 7, "bbox": [1, 2, 10, 12], "iscrowd": 0},
+            {"id": 3 * i + 1, "image_id": 10 + i, "category_id": 3, "bbox": [5, 6, 20, 9.5]},
+            {"id": 3 * i + 2, "image_id": 10 + i, "category_id": 3, "bbox": [0, 0, 30, 30], "iscrowd": 1},
+        ]
+    annotations.append({"id": 99, "image_id": 10, "category_id": 7, "bbox": [0, 0, 3, 30], "iscrowd": 0})  # too narrow to tell
+    images = [{"id": 10 + i, "file_name": f"{i}.jpg"} for i in range(num_images)] + [{"id": 50, "file_name": "absent.jpg"}]
+    annotations.append({"id": 100, "image_id": 50, "category_id": 7, "bbox": [0, 0, 30, 30], "iscrowd": 0})
+    categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}, {"id": 5, "name": "unseen"}]
+    file = root / "annotations" / "instances_val.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return file
+
+
+def test_a_folder_of_class_folders(tmp_path: Path) -> None:
+    for name in ("b/1.jpg", "b/deep/2.PNG", "a/3.jpeg", ".hidden/4.jpg"):
+        _write(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    objects = open_labelled(tmp_path)
+    assert objects.classes == ("a", "b")
+    assert [path.name for path in objects.paths] == ["3.jpeg", "1.jpg", "2.PNG"]
+    assert objects.labels.tolist() == [0, 1, 1]
+    assert objects.boxes is None
+
+
+@pytest.mark.parametrize("how", ["file", "root"])
+def test_coco_boxes_without_crowds_slivers_and_absent_images(tmp_path: Path, how: str) -> None:
+    file = _coco(tmp_path)
+    objects = open_labelled(file if how == "file" else tmp_path)
+    assert objects.classes == ("cat", "dog")
+    assert len(objects) == 6
+    assert objects.boxes is not None
+    assert objects.boxes[:2].tolist() == [[1, 2, 11, 14], [5, 6, 25, 15.5]]
+    assert [objects.classes[label] for label in objects.labels[:2]] == ["dog", "cat"]
+    assert [objects.paths[i].name for i in objects.images] == ["0.jpg", "0.jpg", "1.jpg", "1.jpg", "2.jpg", "2.jpg"]
+
+
+def test_what_is_no_labelled_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        open_labelled(tmp_path / "missing")
+    with pytest.raises(DataError, match="0 subfolders hold images"):
+        open_labelled(tmp_path)
+    damaged = tmp_path / "damaged.json"
+    for text in ("{", "[]", '{"images": [], "annotations": [], "categories": [{"id": 1}]}'):
+        damaged.write_text(text)
+        with pytest.raises(DataError, match=r"damaged\.json: is no COCO-style annotation file"):
+            open_labelled(damaged)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(DataError, match="with --images"):
+        open_labelled(_coco(tmp_path / "coco"), images=elsewhere)
+
+
+def test_split_shares_no_image_and_tests_every_class(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = np.sort(rng.integers(0, 40, 200))
+    objects = LabelledObjects(
+        paths=tuple(Path(f"{i}.jpg") for i in range(40)),
+        images=images,
+        labels=rng.integers(0, 4, 200),
+        classes=("a", "b", "c", "d"),
+        boxes=np.stack([images, images, images + 9, images + 9], axis=1).astype(np.float32),
+    )
+    data = split_by_image(objects, held_out=0.25, seed=1)
+    assert not set(data.train.paths) & set(data.test.paths)
+    assert len(data.train) + len(data.test) == 200
+    assert 0.15 < len(data.test.paths) / 40 < 0.35
+    for part in (data.train, data.test):  # every object still shows its own image
+        assert part.boxes is not None
+        assert [path.name for path in np.array(part.paths)[part.images]] == [f"{int(box[0])}.jpg" for box in part.boxes]
+    again, other = split_by_image(objects, held_out=0.25, seed=1), split_by_image(objects, held_out=0.25, seed=2)
+    assert again.test.paths == data.test.paths != other.test.paths
+
+
+def test_one_image_per_class_cannot_be_split(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "b/2.jpg"):
+        _write(tmp_path / name)
+    with pytest.raises(DataError, match="too few to hold some out"):
+        split_by_image(open_labelled(tmp_path), held_out=0.3, seed=0)
+
+
+def test_test_data_are_matched_by_class_name(tmp_path: Path) -> None:
+    for name in ("train/a/1.jpg", "train/b/2.jpg", "train/c/3.jpg", "test/b/4.jpg", "test/c/5.jpg", "other/b/6.jpg", "other/z/7.jpg"):
+        _write(tmp_path / name)
+    train = open_labelled(tmp_path / "train")
+    data = with_test(train, open_labelled(tmp_path / "test"))
+    assert data.test.classes == ("a", "b", "c")
+    assert data.test.labels.tolist() == [1, 2]
+    with pytest.raises(DataError, match="training data lack: z"):
+        with_test(train, open_labelled(tmp_path / "other"))
+    with pytest.raises(DataError, match="is in the training data and in the test data"):
+        with_test(train, train)

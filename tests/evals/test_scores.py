@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from orl_fast.errors import DataError
+from orl_fast.evals import Features, knn, linear_probe
+from orl_fast.evals.probe import COSTS
+
+
+def _features(seed: int, *, num: int = 150, noise: float = 1.0) -> Features:
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(3, num, p=[0.5, 0.3, 0.2])
+    centers = np.random.default_rng(99).normal(0, 1, (3, 6))
+    values = (centers[labels] + noise * rng.normal(0, 1, (num, 6))) * [1, 10, 1, 1, 0.01, 1] + 3
+    return Features(values=values.astype(np.float32), labels=labels, images=np.arange(num) // 2, num_skipped=seed)
+
+
+def test_probe_is_logistic_regression_on_standardized_features() -> None:
+    train, test = _features(0), _features(1)
+    found = linear_probe(train, test, cost=0.1)
+    oracle = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)).fit(train.values.astype(np.float64), train.labels)
+    predicted = oracle.predict(test.values.astype(np.float64))
+    assert found["top1"] == pytest.approx(float(np.mean(predicted == test.labels)))
+    per_class = [float(np.mean(predicted[test.labels == label] == label)) for label in range(3)]
+    assert found["mean_class_accuracy"] == pytest.approx(float(np.mean(per_class)))
+    assert found["chance"] == pytest.approx(float(np.mean(test.labels == np.bincount(train.labels).argmax())))
+    assert (found["num_train"], found["num_test"], found["num_classes"], found["num_skipped"]) == (150, 150, 3, 1)
+
+
+def test_the_cost_is_chosen_without_the_test_data() -> None:
+    train = _features(0)
+    costs = {linear_probe(train, _features(seed), seed=3)["cost"] for seed in (1, 2)}
+    assert len(costs) == 1
+    assert costs <= set(COSTS)
+
+
+def test_knn_equals_a_loop_over_the_definition() -> None:
+    train, test = _features(0, noise=2.0), _features(1, noise=2.0)
+    found = knn(train, test, num_neighbors=7, temperature=0.2)
+    unit = [part.values.astype(np.float64) / np.linalg.norm(part.values.astype(np.float64), axis=1, keepdims=True) for part in (train, test)]
+    right = 0
+    for x, label in zip(unit[1], test.labels, strict=True):
+        cosine = unit[0] @ x
+        votes = np.zeros(3)
+        for i in np.argsort(-cosine)[:7]:
+            votes[train.labels[i]] += np.exp(cosine[i] / 0.2)
+        right += int(votes.argmax() == label)
+    assert found["top1"] == pytest.approx(right / len(test.labels))
+
+
+def test_knn_takes_all_where_there_are_fewer_than_k_and_a_tiny_temperature_does_not_overflow() -> None:
+    train, test = _features(0, num=10), _features(1)
+    assert knn(train, test)["num_neighbors"] == 10
+    nearest_alone = knn(train, test, temperature=1e-4)["top1"]
+    assert nearest_alone == pytest.approx(knn(train, test, num_neighbors=1)["top1"])
+
+
+@pytest.mark.parametrize("score", [linear_probe, knn])
+def test_one_class_cannot_be_scored(score) -> None:  # type: ignore[no-untyped-def]
+    one = Features(values=np.ones((4, 2), np.float32), labels=np.zeros(4, np.int64), images=np.arange(4), num_skipped=2)
+    with pytest.raises(DataError, match="1 classes to learn"):
+        score(one, _features(0))

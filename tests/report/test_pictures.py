@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageColor
+
+from orl_fast.config import ViewsConfig
+from orl_fast.report import Cell, Grid, draw_grid, pair_grid, save_picture, view_grid
+from orl_fast.report.pictures import COLORS
+from orl_fast.shards import ShardIndex, ShardReader, write_shards
+from orl_fast.tables import BoxTable, PairTable
+from orl_fast.views.plan import draw_byol, draw_orl
+from orl_fast.views.reference import ReferenceRenderer
+
+_NUM, _K, _ROIS = 6, 3, 4
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    (root / "photos").mkdir()
+    for i in range(_NUM):
+        size = (64, 120) if i % 2 else (120, 64)
+        Image.fromarray(rng.integers(90, 160, (*size, 3), np.uint8)).save(root / "photos" / f"photo-{i}.jpg")
+    write_shards([root / "photos"], root / "shards", num_workers=1)
+    return ShardIndex.open(root / "shards")
+
+
+@pytest.fixture(scope="module")
+def tables() -> tuple[BoxTable, PairTable]:
+    rng = np.random.default_rng(1)
+    boxes = [np.array([[x, y, x + 30, y + 25] for x, y in rng.integers(0, 30, (_ROIS, 2))], np.int16) for _ in range(_NUM)]
+    neighbors = np.array([[(i + 1 + k) % _NUM for k in range(_K)] for i in range(_NUM)], np.int64)
+    total = _NUM * _K
+    pairs = PairTable(
+        neighbors=neighbors,
+        first=np.arange(total, dtype=np.int64).reshape(_NUM, _K),
+        count=np.ones((_NUM, _K), np.int32),
+        query_roi=rng.integers(0, _ROIS, total).astype(np.int16),
+        partner_roi=rng.integers(0, _ROIS, total).astype(np.int16),
+        similarities=rng.random(total).astype(np.float32),
+    )
+    return BoxTable.from_lists(boxes), pairs
+
+
+def test_pairs_show_the_best_pairs_boxes_in_one_color(index: ShardIndex, tables: tuple[BoxTable, PairTable]) -> None:
+    rois, pairs = tables
+    grid = pair_grid(index, rois, pairs, images=[4], num_neighbors=9)
+    (query, *neighbors) = grid.rows[0]
+    assert len(neighbors) == _K
+    assert query.caption == index.file_names[4]
+    for k, cell in enumerate(neighbors):
+        entry = pairs.first[4, k]
+        assert query.boxes[k] == (rois.of(4)[pairs.query_roi[entry]].tolist(), COLORS[k])
+        assert list(cell.boxes) == [(rois.of(int(pairs.neighbors[4, k]))[pairs.partner_roi[entry]].tolist(), COLORS[k])]
+        assert cell.caption == f"cosine {pairs.similarities[entry]:.2f}"
+        assert cell.image.shape[:2] == (index.heights[pairs.neighbors[4, k]], index.widths[pairs.neighbors[4, k]])
+
+
+@pytest.mark.parametrize("method", ["byol", "orl"])
+def test_views_stand_beside_the_image_they_are_cut_from(index: ShardIndex, tables: tuple[BoxTable, PairTable], method: str) -> None:
+    rois, pairs = tables
+    rows = np.array([1, 2], np.int64)
+    sizes = {"seed": 0, "epoch": 0, "heights": index.heights, "widths": index.widths}
+    views = ViewsConfig(image_size_px=32, patch_size_px=16)
+    plan = draw_byol(rows, views=views, **sizes) if method == "byol" else draw_orl(rows, views=views, rois=rois, pairs=pairs, **sizes)
+    with ShardReader(index) as reader:
+        rendered = ReferenceRenderer(reader).render(plan)
+    grid = view_grid(index, plan, [np.asarray(batch) for batch in rendered.batches], title="views")
+    assert len(grid.headings) == len(grid.rows[0]) == (3 if method == "byol" else 8)
+    for b, row in enumerate(grid.rows):
+        shown = [cell for cell in row if cell.border]
+        for v, cell in enumerate(shown):
+            assert np.array_equal(cell.image, np.asarray(rendered.batches[v][b]).transpose(1, 2, 0))
+            owner = row[-2] if method == "orl" and v == 5 else row[0]
+            assert (plan.crops.box[v * 2 + b].tolist(), cell.border) in [(list(box), color) for box, color in owner.boxes]
+
+
+def _has(picture: Image.Image, color: str) -> bool:
+    pixels: NDArray[np.uint8] = np.asarray(picture)
+    return bool((pixels == ImageColor.getrgb(color)).all(axis=2).any())
+
+
+def test_a_drawn_grid_shows_every_box_and_clips_nothing() -> None:
+    gray = np.full((50, 80, 3), 128, np.uint8)
+    same = [10.0, 10.0, 40.0, 40.0]
+    boxes = [(same, COLORS[0]), (same, COLORS[1]), ([0.0, 0.0, 80.0, 50.0], COLORS[2]), ([79.0, 49.0, 80.0, 50.0], COLORS[3])]
+    grid = Grid(title="A title " * 20, note="", headings=["a", "b"], rows=[[Cell(image=gray, boxes=boxes, caption="long " * 40)] * 2])
+    picture = draw_grid(grid)
+    assert all(_has(picture, color) for color in COLORS[:4])
+    edges = np.asarray(picture)
+    for edge in (edges[:10], edges[-10:], edges[:, :10], edges[:, -10:]):
+        assert (edge == 255).all()
+
+
+def test_the_same_grid_is_the_same_file(tmp_path: Path) -> None:
+    grid = Grid(title="t", note="n", headings=["h"], rows=[[Cell(image=np.zeros((9, 9, 3), np.uint8))]])
+    for name in ("a.png", "b.png"):
+        save_picture(draw_grid(grid), tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
