@@ -30,7 +30,7 @@ class CpuRenderer:
     def __init__(self, source: ImageSource, *, num_threads: int = 0) -> None:
         self._source = source
         num_threads = num_threads or len(os.sched_getaffinity(0))
-        self._decoder = _Decoder(num_threads)
+        self._decoder = Decoder(num_threads)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="render")
         self._num_threads = num_threads
 
@@ -71,7 +71,7 @@ class CpuRenderer:
         self.close()
 
 
-class _Decoder:
+class Decoder:
     """A DALI pipeline that decodes regions of JPEGs; bit for bit what PIL decodes."""
 
     def __init__(self, num_threads: int) -> None:

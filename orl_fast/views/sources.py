@@ -50,7 +50,7 @@ class PatchStore:
         try:
             return np.frombuffer(mapped, np.uint8, int(self._size[i]), int(self._offset[i]))
         except ValueError as error:
-            raise DataError(f"{self._folder}: patch {i} lies beyond the end of its tar file; remove the folder and run {_REMEDY}") from error
+            raise DataError(f"{self._folder}: patch {i} lies beyond the end of its tar; remove the folder and run {_REMEDY}") from error
 
     def _map(self, shard: int) -> mmap.mmap:
         mapped = self._maps.get(shard)

@@ -52,9 +52,8 @@ def test_each_operation_is_near_the_reference(name: str, photos: Photos, cpu: Cp
 
 def test_orl_views_are_near_the_reference(photos: Photos, mined: tuple[BoxTable, PairTable], cpu: CpuRenderer) -> None:
     rois, pairs = mined
-    plan = draw_orl(
-        np.arange(0, len(photos), 3), seed=4, epoch=2, heights=photos.heights, widths=photos.widths, views=ViewsConfig(), rois=rois, pairs=pairs
-    )
+    sizes = {"heights": photos.heights, "widths": photos.widths}
+    plan = draw_orl(np.arange(0, len(photos), 3), seed=4, epoch=2, views=ViewsConfig(), rois=rois, pairs=pairs, **sizes)
     assert_near(cpu.render(plan), ReferenceRenderer(photos).render(plan), mean=0.7, p999=4, most=255)
 
 

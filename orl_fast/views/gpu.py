@@ -1,0 +1,179 @@
+"""The DALI renderer: one graph decodes, crops, resizes and augments all views of a batch, on a GPU or (as a cross-check) on the CPU.
+
+Same graph, other device: "gpu" decodes with the hardware decoder and gives CUDA tensors without a copy; "dali-cpu" runs, and is tested,
+anywhere. Departures from the plan, bounded by tests against the reference: brightness and saturation that follow each other act as one
+matrix, without clipping in between; the hue turns after the other three whatever the drawn order; where the resize filter reaches over a
+crop's edge it repeats the edge. Otherwise each operation is the reference's within rounding. The hue is the true HSV turn: DALI's own `hsv`
+turns in YIQ, 5 levels off on average.
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia import dali
+from nvidia.dali import fn, math
+
+from orl_fast.views.cpu import Decoder
+from orl_fast.views.plan import Crops, Rows, ViewPlan
+from orl_fast.views.renderer import ImageSource, Rendered, distinct_sources
+
+types: Any = dali.types
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
+# What the graph takes for each view of a sample, and of how many axes.
+_NUM_AXES = {
+    "start": 1, "end": 1, "flip": 0, "before": 2, "contrast": 0, "after": 2, "hue": 0, "gray": 2, "sigma": 0, "window": 0, "solarize": 0,
+}  # fmt: skip
+
+
+class DaliRenderer:
+    """Renders plans in one DALI graph (see `orl_fast.views.renderer.Renderer`). An image that two samples read is decoded twice."""
+
+    def __init__(self, source: ImageSource, *, num_threads: int, device: torch.device | None = None, hw_decoder_load: float = 0.65) -> None:
+        """Args: device: a CUDA device; None: the CPU. hw_decoder_load: share of JPEGs for the hardware decoder."""
+        self._source, self._num_threads, self._load = source, num_threads, hw_decoder_load
+        self._device_id = (device.index or 0) if device is not None else None
+        self._lock = threading.Lock()
+        self._shape: tuple[Any, ...] = ()
+        self._pipeline: Any = None
+
+    def render(self, plan: ViewPlan) -> Rendered:
+        nothing = np.empty(0, np.int64)
+        with self._lock:
+            try:
+                return Rendered(batches=self._run(plan), rows=plan.rows, bad_rows=nothing, bad_sources=nothing)
+            except RuntimeError:
+                self._pipeline = None  # a bad image leaves it unusable
+                bad = self._bad_sources(plan)
+                if not len(bad):
+                    raise
+                kept = ~np.isin(plan.crops.source, bad).reshape(len(plan.slots), len(plan.rows)).any(axis=0)
+                part = _samples(plan, np.flatnonzero(kept))
+                return Rendered(batches=self._run(part), rows=part.rows, bad_rows=plan.rows[~kept], bad_sources=bad)
+
+    def close(self) -> None:
+        with self._lock:
+            self._pipeline = None
+
+    def _run(self, plan: ViewPlan) -> tuple[torch.Tensor, ...]:
+        num, crops = len(plan.rows), plan.crops
+        sizes = tuple(slot.size_px for slot in plan.slots)
+        if num == 0:
+            return tuple(torch.empty(0, 3, size, size, dtype=torch.uint8) for size in sizes)
+        # Slots that read the same images share one decoder.
+        sources = crops.source.reshape(len(sizes), num)
+        readers = [next(u for u in range(v + 1) if np.array_equal(sources[u], sources[v])) for v in range(len(sizes))]
+        shape = (tuple(readers), sizes, plan.beyond_box)
+        if self._pipeline is None or self._shape != shape or num > self._pipeline.max_batch_size:
+            self._shape = shape
+            self._pipeline = _views(
+                readers, sizes, plan.beyond_box, self._load, gpu=self._device_id is not None,
+                batch_size=num, num_threads=self._num_threads, device_id=self._device_id, prefetch_queue_depth=1,
+            )  # fmt: skip
+        for reader in set(readers):
+            self._pipeline.feed_input(f"data{reader}", [self._source.view(int(source)) for source in sources[reader]])
+        for v in range(len(sizes)):
+            for name, values in _parameters(crops, slice(v * num, (v + 1) * num)).items():
+                self._pipeline.feed_input(f"{name}{v}", values)
+        return tuple(torch.utils.dlpack.from_dlpack(batch.as_tensor()).permute(0, 3, 1, 2) for batch in self._pipeline.run())
+
+    def _bad_sources(self, plan: ViewPlan) -> Rows:
+        sources, _ = distinct_sources(plan)
+        whole = np.tile(np.array([0, 0, *[np.iinfo(np.int32).max] * 2]), (len(sources), 1))
+        decoder = Decoder(self._num_threads)
+        images = decoder.decode([self._source.view(int(source)) for source in sources], whole)
+        decoder.close()
+        return sources[[image is None for image in images]]
+
+
+def _samples(plan: ViewPlan, kept: NDArray[np.int64]) -> ViewPlan:
+    """The plan of some of its samples."""
+    m = (np.arange(len(plan.slots))[:, None] * len(plan.rows) + kept).ravel()
+    crops = Crops(**{name: getattr(plan.crops, name)[m] for name in Crops.__dataclass_fields__})
+    return ViewPlan(rows=plan.rows[kept], slots=plan.slots, crops=crops, beyond_box=plan.beyond_box)
+
+
+def _parameters(crops: Crops, part: slice) -> dict[str, NDArray[Any]]:
+    """What the graph takes for one slot, one entry per sample; names as in `_NUM_AXES`."""
+    box, order, factors, sigma = crops.box[part], crops.order[part], crops.factors[part], crops.blur_sigma[part]
+    num = len(box)
+    # Brightness and saturation are matrices: those drawn before the contrast, and those after.
+    place = np.argsort(order, axis=1)  # [B, 4]: when each operation comes
+    identity = np.eye(3, dtype=np.float32)
+    matrices = {"before": np.tile(identity, (num, 1, 1)), "after": np.tile(identity, (num, 1, 1))}
+    scale = factors[:, _BRIGHTNESS, None, None] * identity
+    mix = factors[:, _SATURATION, None, None]
+    saturate = mix * identity + (1 - mix) * np.tile(_LUMA, (3, 1))
+    for op, matrix in ((_BRIGHTNESS, scale), (_SATURATION, saturate)):  # they commute: gray keeps its direction
+        for name, where in (("before", place[:, op] < place[:, _CONTRAST]), ("after", place[:, op] > place[:, _CONTRAST])):
+            matrices[name][where] = matrix[where] @ matrices[name][where]
+    return {
+        "start": np.ascontiguousarray(box[:, 1::-1]),
+        "end": np.ascontiguousarray(box[:, :1:-1]),
+        "flip": crops.flip[part].astype(np.int32),
+        **{name: matrix.astype(np.float32) for name, matrix in matrices.items()},
+        "contrast": factors[:, _CONTRAST].copy(),
+        "hue": np.trunc(crops.hue[part] * 255).astype(np.float32),
+        "gray": np.where(crops.grayscale[part, None, None], np.tile(_LUMA, (3, 1)), identity).astype(np.float32),
+        "sigma": np.where(sigma > 0, sigma, 1).astype(np.float32),
+        "window": np.where(sigma > 0, 2 * np.ceil(4 * sigma) + 1, 1).astype(np.int32),
+        "solarize": crops.solarize[part].astype(np.float32),
+    }
+
+
+@dali.pipeline_def  # type: ignore[attr-defined, untyped-decorator]
+def _views(readers: list[int], sizes: tuple[int, ...], beyond_box: bool, hw_decoder_load: float, *, gpu: bool) -> tuple[Any, ...]:
+    decoded: dict[int, Any] = {}
+    for reader in sorted(set(readers)):
+        data = fn.external_source(name=f"data{reader}", dtype=types.UINT8, ndim=1, no_copy=True)
+        options = {"device": "mixed", "hw_decoder_load": hw_decoder_load} if gpu else {"device": "cpu"}
+        decoded[reader] = fn.decoders.image(data, jpeg_fancy_upsampling=True, adjust_orientation=False, output_type=types.RGB, **options)
+    # Added to the hue, it gives red, green and blue their places on the wheel.
+    places = types.Constant(np.array([[[5, 3, 1]]], np.float32), device="gpu" if gpu else "cpu")
+    return tuple(_view(decoded[reader], v, sizes[v], beyond_box, places) for v, reader in enumerate(readers))
+
+
+def _view(image: Any, v: int, size: int, beyond_box: bool, places: Any) -> Any:
+    p: dict[str, Any] = {}
+    for name, ndim in _NUM_AXES.items():
+        dtype = types.INT32 if name in ("flip", "window") else types.FLOAT
+        p[name] = fn.external_source(name=f"{name}{v}", dtype=dtype, ndim=ndim)
+    options: dict[str, Any] = {"size": [size, size], "interp_type": types.INTERP_LINEAR, "antialias": True, "dtype": types.UINT8}
+    if beyond_box:
+        x: Any = fn.resize(image, roi_start=p["start"], roi_end=p["end"], **options)
+    else:
+        start, end = (fn.cast(p[name], dtype=types.INT32) for name in ("start", "end"))
+        x = fn.resize(fn.slice(image, start=start, end=end, axes=(0, 1), out_of_bounds_policy="trim_to_shape"), **options)
+    x = fn.flip(x, horizontal=p["flip"])
+    # PIL truncates where DALI rounds: hence the half.
+    x = fn.coord_transform(x, M=p["before"], T=-0.49, dtype=types.UINT8)
+    mean = math.floor(fn.reductions.mean(fn.coord_transform(x, M=_LUMA.tolist()), axes=(0, 1)) + 0.5)
+    x = fn.cast(math.clamp(x * p["contrast"] + mean * (1 - p["contrast"]) - 0.49, 0.0, 255.0), dtype=types.UINT8)
+    x = fn.coord_transform(x, M=p["after"], T=-0.49, dtype=types.UINT8)
+    x = _turn_hue(x, p["hue"], places)
+    x = fn.coord_transform(x, M=p["gray"], dtype=types.UINT8)
+    x = fn.gaussian_blur(x, sigma=p["sigma"], window_size=p["window"], dtype=types.UINT8)
+    return fn.cast(math.abs((x >= 128) * p["solarize"] * 255.0 - x), dtype=types.UINT8)
+
+
+def _turn_hue(x: Any, shift: Any, places: Any) -> Any:
+    """Turn the hue by shift / 255 as PIL's 8-bit HSV does, without a branch (see `kernels._shift_hue`)."""
+    r, g, b = (fn.cast(x[:, :, c : c + 1], dtype=types.FLOAT) for c in range(3))
+    value, low = math.max(r, math.max(g, b)), math.min(r, math.min(g, b))
+    span = value - low
+    inverse = (1 / 6) / math.max(span, 1.0)
+    is_red = r == value
+    is_green = (g == value) & (r != value)
+    is_blue = (r != value) & (g != value)
+    hue = is_red * (g - b) * inverse + is_green * (1 / 3 + (b - r) * inverse) + is_blue * (2 / 3 + (r - g) * inverse)
+    byte = math.floor((hue + (hue < 0.0)) * 255.0) + shift
+    turned = (byte - 256.0 * math.floor(byte * (1 / 256))) * (6 / 255)
+    k = turned + places
+    k = k - 6.0 * (k >= 6.0)
+    share = math.clamp(math.min(k, 4.0 - k), 0.0, 1.0)
+    saturation = math.floor(span / math.max(value, 1.0) * 255.0) * (1 / 255)
+    changed = fn.cast(value - value * saturation * share, dtype=types.UINT8)
+    return x + fn.cast(shift != 0.0, dtype=types.UINT8) * (changed - x)
