@@ -152,6 +152,10 @@ class BoxTable:
         """[R, 4] int16: the boxes of one image."""
         return self.boxes[self.offsets[image] : self.offsets[image + 1]]
 
+    def num_of(self, images: range) -> int:
+        """Boxes of consecutive images together."""
+        return int(self.offsets[images.stop] - self.offsets[images.start])
+
     @property
     def counts(self) -> NDArray[np.int64]:
         """[N] int64: boxes per image."""

@@ -5,11 +5,12 @@ features do not depend on where a run was interrupted or on how many processes s
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,111 +33,88 @@ _Item = TypeVar("_Item")
 _AHEAD = 2  # rendered plans that wait for the encoder
 
 
-def write_image_features(
-    folder: Path,
-    shards: Sequence[int],
-    *,
-    index: ShardIndex,
-    encoder: Encoder,
-    mining: MiningConfig,
-    renderer: Renderer,
-    device: torch.device,
-    advance: Callable[[int], None],
-) -> None:
-    """Write features-NNNNNN.npy, [n, projector_out] float32 of unit length, for some shards (stage 2 i).
+@dataclass(frozen=True, kw_only=True)
+class FeatureWriter:
+    """Encodes whole shards, and writes one file of features for each.
 
-    The online projector's output on Resize + CenterCrop, without augmentation, in evaluation mode.
+    Attributes:
+        folder: of the table. advance: told how many views are done.
     """
 
-    def plans() -> Iterator[tuple[int, ViewPlan]]:
-        for shard in shards:
-            rows = np.asarray(index.shard_rows(shard), np.int64)
-            for block in np.split(rows, range(mining.encode_batch, len(rows), mining.encode_batch)):
-                sizes = {"heights": index.heights, "widths": index.widths}
-                yield shard, center_crops(block, **sizes, resize_px=mining.resize_px, crop_px=mining.crop_px)
+    folder: Path
+    index: ShardIndex
+    encoder: Encoder
+    mining: MiningConfig
+    renderer: Renderer
+    device: torch.device
+    advance: Callable[[int], None]
 
-    encoded = encode(plans(), encoder.projected, index=index, renderer=renderer, device=device, batch_size=mining.encode_batch)
-    for shard, blocks in groupby(encoded, key=lambda entry: entry[0]):
-        shape = (len(index.shard_rows(shard)), encoder.config.model.projector_out)
-        with array_writer(part_path(folder, "features", shard), shape=shape, dtype=np.float32) as write:
-            for _, features in blocks:
-                write(features.numpy())
-                advance(len(features))
+    def write_images(self, shards: Sequence[int]) -> None:
+        """Write features-NNNNNN.npy, [n, projector_out] float32 of unit length, for some shards (stage 2 i).
 
+        The online projector's output on Resize + CenterCrop, without augmentation, in evaluation mode.
+        """
+        index, mining = self.index, self.mining
 
-def write_roi_features(
-    folder: Path,
-    shards: Sequence[int],
-    *,
-    index: ShardIndex,
-    rois: BoxTable,
-    encoder: Encoder,
-    mining: MiningConfig,
-    renderer: Renderer,
-    device: torch.device,
-    advance: Callable[[int], None],
-) -> None:
-    """Write roi-features-NNNNNN.npy, [RoIs of the shard, C] float16 of unit length, for some shards (stage 2 ii).
+        def plans() -> Iterator[tuple[int, ViewPlan]]:
+            for shard in shards:
+                rows = np.asarray(index.shard_rows(shard), np.int64)
+                for block in np.split(rows, range(mining.encode_batch, len(rows), mining.encode_batch)):
+                    sizes = {"heights": index.heights, "widths": index.widths}
+                    yield shard, center_crops(block, **sizes, resize_px=mining.resize_px, crop_px=mining.crop_px)
 
-    The online backbone's globally pooled output on each RoI, resized to a square, in evaluation mode. Every RoI is encoded once; the
-    reference does so about eleven times.
+        shapes = {shard: (len(index.shard_rows(shard)), self.encoder.config.model.projector_out) for shard in shards}
+        self._write("features", self._encoded(plans(), self.encoder.projected), shapes, np.float32)
 
-    Raises:
-        DataError: the disk lacks the room, which is known beforehand.
-    """
-    num_rois = {shard: _num_rois(rois, index.shard_rows(shard)) for shard in shards}
-    num_bytes = sum(num_rois.values()) * encoder.num_features * 2
-    log.info("RoI features: %s RoIs, %s in %s", f"{sum(num_rois.values()):,}", human_bytes(num_bytes), folder)
-    require_free_space(folder, num_bytes=num_bytes, purpose="RoI features")
+    def write_rois(self, shards: Sequence[int], rois: BoxTable) -> None:
+        """Write roi-features-NNNNNN.npy, [RoIs of the shard, C] float16 of unit length, for some shards (stage 2 ii).
 
-    def plans() -> Iterator[tuple[int, ViewPlan]]:
-        for shard in shards:
-            for images in _groups(rois, index.shard_rows(shard), at_most=mining.encode_batch):
-                rows = np.repeat(np.asarray(images, np.int64), np.diff(rois.offsets[images.start : images.stop + 1]))
-                boxes = rois.boxes[rois.offsets[images.start] : rois.offsets[images.stop]]
-                yield shard, roi_crops(rows, boxes, size_px=mining.roi_size_px)
+        The online backbone's globally pooled output on each RoI, resized to a square, in evaluation mode. Every RoI is encoded once; the
+        reference does so about eleven times.
 
-    encoded = encode(plans(), encoder.pooled, index=index, renderer=renderer, device=device, batch_size=mining.encode_batch)
-    for shard, blocks in groupby(encoded, key=lambda entry: entry[0]):
-        shape = (num_rois[shard], encoder.num_features)
-        with array_writer(part_path(folder, "roi-features", shard), shape=shape, dtype=np.float16) as write:
-            for _, features in blocks:
-                write(features.numpy())
-                advance(len(features))
+        Raises:
+            DataError: the disk lacks the room, which is known beforehand.
+        """
+        shapes = {shard: (rois.num_of(self.index.shard_rows(shard)), self.encoder.num_features) for shard in shards}
+        num_rois = sum(num for num, _ in shapes.values())
+        num_bytes = num_rois * self.encoder.num_features * 2
+        log.info("RoI features: %s RoIs, %s in %s", f"{num_rois:,}", human_bytes(num_bytes), self.folder)
+        require_free_space(self.folder, num_bytes=num_bytes, purpose="RoI features")
 
+        def plans() -> Iterator[tuple[int, ViewPlan]]:
+            for shard in shards:
+                for images in _groups(rois, self.index.shard_rows(shard), at_most=self.mining.encode_batch):
+                    rows = np.repeat(np.asarray(images, np.int64), np.diff(rois.offsets[images.start : images.stop + 1]))
+                    boxes = rois.boxes[rois.offsets[images.start] : rois.offsets[images.stop]]
+                    yield shard, roi_crops(rows, boxes, size_px=self.mining.roi_size_px)
 
-def encode(
-    plans: Iterable[tuple[int, ViewPlan]],
-    forward: Callable[[Tensor], Tensor],
-    *,
-    index: ShardIndex,
-    renderer: Renderer,
-    device: torch.device,
-    batch_size: int,
-) -> Iterator[tuple[int, Tensor]]:
-    """Render plans of one slot ahead of the encoder, and encode their views in batches as full as shards allow.
+        self._write("roi-features", self._encoded(plans(), self.encoder.pooled), shapes, np.float16)
 
-    Args:
-        plans: (shard, plan).
-    Yields:
-        (shard, [b, D] float32 on the CPU, of unit length), in order.
-    Raises:
-        DataError: an image cannot be decoded.
-    """
+    def _write(
+        self, name: str, encoded: Iterator[tuple[int, Tensor]], shapes: Mapping[int, tuple[int, int]], dtype: type[np.floating[Any]]
+    ) -> None:
+        for shard, blocks in groupby(encoded, key=lambda entry: entry[0]):
+            with array_writer(part_path(self.folder, name, shard), shape=shapes[shard], dtype=dtype) as write:
+                for _, features in blocks:
+                    write(features.numpy())
+                    self.advance(len(features))
 
-    def views(shard: int, plan: ViewPlan) -> tuple[int, Tensor]:
-        rendered = renderer.render(plan)
+    def _encoded(self, plans: Iterable[tuple[int, ViewPlan]], forward: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Render (shard, plan) ahead of the encoder; yield (shard, [b, D] float32 of unit length, on the CPU) in full batches."""
+        rendered = _ahead((shard, self._views(plan)) for shard, plan in plans)
+        for shard, group in groupby(rendered, key=lambda entry: entry[0]):
+            for batch in _full_batches((pixels for _, pixels in group), self.mining.encode_batch):
+                with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+                    features = forward(normalize(batch.to(self.device, non_blocking=True)))
+                    features = unit_length(features.float(), dim=1).cpu()
+                yield shard, features
+
+    def _views(self, plan: ViewPlan) -> Tensor:
+        rendered = self.renderer.render(plan)
         if len(rendered.bad_rows):
-            key = index.keys[int(rendered.bad_rows[0])]
-            raise DataError(f"{index.path}: image {key} cannot be decoded any more; check the shards with orl-fast verify {index.path}")
-        return shard, rendered.batches[0]
-
-    rendered = _ahead(views(shard, plan) for shard, plan in plans)
-    for shard, group in groupby(rendered, key=lambda entry: entry[0]):
-        for batch in _full_batches((pixels for _, pixels in group), batch_size):
-            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                features = unit_length(forward(normalize(batch.to(device, non_blocking=True))).float(), dim=1).cpu()
-            yield shard, features
+            key, path = self.index.keys[int(rendered.bad_rows[0])], self.index.path
+            raise DataError(f"{path}: image {key} cannot be decoded any more; check the shards with orl-fast verify {path}")
+        return rendered.batches[0]
 
 
 def _full_batches(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
@@ -163,10 +141,6 @@ def _ahead(items: Iterable[_Item]) -> Iterator[_Item]:
         while (item := waiting.popleft().result()) is not None:
             waiting.append(pool.submit(next, iterator, None))
             yield item
-
-
-def _num_rois(rois: BoxTable, images: range) -> int:
-    return int(rois.offsets[images.stop] - rois.offsets[images.start])
 
 
 def _groups(rois: BoxTable, images: range, *, at_most: int) -> Iterator[range]:

@@ -42,18 +42,19 @@ class PatchPacker:
     """Packs the partner patches of whole shards.
 
     Attributes:
-        folder: the patch table. used: [total RoIs] bool, which RoIs are packed.
+        folder: the patch table.
     """
 
     folder: Path
     index: ShardIndex
     rois: BoxTable
-    used: NDArray[np.bool_]
+    pairs: PairTable
     num_workers: int
 
     def pack(self, shards: Sequence[int], advance: Callable[[int], None]) -> None:
         """Write patches-NNNNNN.tar and its part of the table for some shards, in worker processes."""
-        for count in run_in_workers(_pack_shard, (self._task(shard) for shard in shards), num_workers=self.num_workers):
+        used = partner_rois(self.rois, self.pairs)
+        for count in run_in_workers(_pack_shard, (self._task(shard, used) for shard in shards), num_workers=self.num_workers):
             advance(count)
 
     def join(self) -> None:
@@ -65,10 +66,10 @@ class PatchPacker:
         shards = (np.full(len(part), shard) for shard, part in enumerate(parts))
         join_arrays(self.folder / "shard.npy", shards, shape=(num,), dtype=np.int32)
 
-    def _task(self, shard: int) -> "_Task":
+    def _task(self, shard: int, used: NDArray[np.bool_]) -> "_Task":
         images = self.index.shard_rows(shard)
         start, stop = self.rois.offsets[images.start], self.rois.offsets[images.stop]
-        rows = np.flatnonzero(self.used[start:stop]) + start
+        rows = np.flatnonzero(used[start:stop]) + start
         owners = np.searchsorted(self.rois.offsets, rows, side="right") - 1
         return _Task(
             folder=self.folder,

@@ -18,7 +18,7 @@ from orl_fast.errors import DataError
 from orl_fast.files import atomic_file
 from orl_fast.mining.objects import annotation_files, read_json, rows_of_names
 from orl_fast.mining.pairs import write_pair_shards
-from orl_fast.mining.rois import join_boxes, open_boxes, save_boxes
+from orl_fast.mining.rois import join_boxes, open_boxes, save_shards
 from orl_fast.mining.stage import IMPORTED, Stage
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, new_table
@@ -213,8 +213,7 @@ def _save_boxes(stage: Stage, kind: str, boxes: BoxTable, settings: dict[str, An
     index = stage.index
     info = TableInfo(kind=kind, made_from={"index": index.fingerprint}, settings=settings)
     with new_table(stage.folder / kind, info) as folder:
-        for shard in range(index.num_shards):
-            save_boxes(folder, shard, BoxTable.from_lists([boxes.of(row) for row in index.shard_rows(shard)]))
+        save_shards(folder, range(index.num_shards), boxes, index=index)
         if kind == "rois":
             join_boxes(folder, index=index)
             for part in folder.glob("*-??????.npy"):

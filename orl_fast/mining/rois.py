@@ -1,9 +1,10 @@
 """Raw proposals of each image, and the RoIs kept of them (paper, section 3.2, stage 2 ii; appendix B), shard by shard."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from orl_fast.boxes import filter_table
-from orl_fast.config import MiningConfig
 from orl_fast.files import write_array
 from orl_fast.mining.parts import join_arrays, part_path
 from orl_fast.mining.proposals import Backend, selective_search
@@ -92,24 +92,16 @@ def filter_shards(
     *,
     index: ShardIndex,
     proposals: Path,
-    mining: MiningConfig,
+    limits: Mapping[str, Any],
     num_threads: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Write the RoIs of some shards: what `orl_fast.boxes.filter_proposals` keeps; the whole image where nothing was proposed."""
+    """Write the RoIs of some shards: what `orl_fast.boxes.filter_table` keeps within these limits."""
     for shard in shards:
         images = index.shard_rows(shard)
-        rois = filter_table(
-            open_boxes(proposals, shard),
-            heights=index.heights[images.start : images.stop],
-            widths=index.widths[images.start : images.stop],
-            min_side_px=mining.min_side_px,
-            max_aspect=mining.max_aspect,
-            max_iou=mining.max_iou,
-            max_rois=mining.max_rois,
-            num_threads=num_threads,
-        )
-        save_boxes(folder, shard, rois)
+        heights, widths = (sizes[images.start : images.stop] for sizes in (index.heights, index.widths))
+        found = open_boxes(proposals, shard)
+        save_boxes(folder, shard, filter_table(found, heights=heights, widths=widths, **limits, num_threads=num_threads))
         advance(len(images))
 
 
@@ -125,6 +117,12 @@ def save_boxes(folder: Path, shard: int, table: BoxTable) -> None:
     """Write the boxes of one shard's images."""
     write_array(part_path(folder, BOXES, shard), table.boxes)
     write_array(part_path(folder, COUNTS, shard), table.counts)
+
+
+def save_shards(folder: Path, shards: Sequence[int], table: BoxTable, *, index: ShardIndex) -> None:
+    """Write the boxes of some shards out of those of all images."""
+    for shard in shards:
+        save_boxes(folder, shard, BoxTable.from_lists([table.of(image) for image in index.shard_rows(shard)]))
 
 
 def open_boxes(folder: Path, shard: int) -> BoxTable:

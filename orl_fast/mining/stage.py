@@ -18,25 +18,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from orl_fast.config import Config
 from orl_fast.console import human_time, log, log_to_file, progress
 from orl_fast.errors import DataError, StaleError
-from orl_fast.mining.features import write_image_features, write_roi_features
+from orl_fast.mining.features import FeatureWriter
 from orl_fast.mining.neighbors import EXACT_LIMIT, find_neighbors
 from orl_fast.mining.objects import annotation_files, digest_files, object_boxes
 from orl_fast.mining.pairs import PairMiner, RoiFeatures
 from orl_fast.mining.parts import ShardedTable, Share, array_writer, join_arrays
-from orl_fast.mining.patches import PatchPacker, partner_rois
-from orl_fast.mining.rois import COUNTS, Proposer, filter_shards, join_boxes, save_boxes
+from orl_fast.mining.patches import PatchPacker
+from orl_fast.mining.rois import COUNTS, Proposer, filter_shards, join_boxes, save_shards
 from orl_fast.models import Encoder, load_encoder
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, new_table, open_array, open_info, table_info
 from orl_fast.views.plan import PATCH_SIDE_PX, center_crops
-from orl_fast.views.renderer import Renderer, choose_renderer
+from orl_fast.views.renderer import choose_renderer
 
 STEPS = ("features", "neighbors", "proposals", "rois", "pairs")
+Advance = Callable[[int], None]
 IMPORTED = "imported"  # a setting of tables that `orl-fast import` wrote; mining keeps them
 
 
@@ -124,202 +124,175 @@ class Stage:
             log.info("features: not needed, the neighbors were imported")
             return
         mining, folder = self.config.mining, self.folder / "features"
-        width = self.encoder.config.model.projector_out
+        shape = (len(self.index), self.encoder.config.model.projector_out)
 
-        def work(shards: list[int]) -> None:
-            with self._progress("features", shards) as advance, self._renderer() as renderer:
-                write_image_features(
-                    folder, shards, index=self.index, encoder=self.encoder, mining=mining, renderer=renderer,
-                    device=self.device, advance=advance,
-                )  # fmt: skip
+        def work(shards: list[int], advance: Advance) -> None:
+            with self._feature_writer(folder, advance) as writer:
+                writer.write_images(shards)
 
         def finish() -> None:
             parts = (open_array(folder, f"features-{shard:06d}") for shard in range(self.index.num_shards))
-            join_arrays(folder / "features.npy", parts, shape=(len(self.index), width), dtype=np.float32)
+            join_arrays(folder / "features.npy", parts, shape=shape, dtype=np.float32)
 
         info = self._describe("features", {"encoder": self.encoder.fingerprint}, resize_px=mining.resize_px, crop_px=mining.crop_px)
         self._make(info, "features", work, finish)
 
     def _make_neighbors(self) -> None:
-        num_neighbors, folder = self.num_neighbors, self.folder / "neighbors"
-        found = table_info(folder)
         if self._is_imported("neighbors"):
-            self._require_imported(found, num_neighbors=num_neighbors)
+            self._tell_imported("neighbors")
             return
-        features = self.info("features")
+        features, found = self.info("features"), table_info(self.folder / "neighbors")
         made_from = {"encoder": features.made_from["encoder"], "features": features.fingerprint}
         exact = len(self.index) <= self.exact_limit
         mined = int(found.settings.get("num_neighbors", 0)) if found else 0
         # The first K of more neighbors are the K neighbors.
-        info = self._describe("neighbors", made_from, num_neighbors=max(num_neighbors, mined), exact=exact)
-        if found is None or found.fingerprint != info.fingerprint:
-            info = replace(info, settings={**info.settings, "num_neighbors": num_neighbors})
-        self._make_alone(info, lambda: self._write_neighbors(info))
+        info = self._describe("neighbors", made_from, num_neighbors=max(self.num_neighbors, mined), exact=exact)
+        is_current = found is not None and found.fingerprint == info.fingerprint
+        self.share.barrier()  # all have looked
+        if is_current:
+            log.info("neighbors: up to date")
+        elif self.share.rank == 0:
+            self._write_neighbors(replace(info, settings={**info.settings, "num_neighbors": self.num_neighbors}))
+        self.share.barrier()
 
     def _write_neighbors(self, info: TableInfo) -> None:
         features = open_array(self.folder / "features", "features")
-        shape = (len(features), int(info.settings["num_neighbors"]))
-        blocks = find_neighbors(
-            features, num_neighbors=shape[1], exact_limit=self.exact_limit, use_gpu=self.device.type == "cuda", num_threads=self.num_workers
-        )
-        first = next(blocks)  # before anything is written: there may be too few images
+        shape = (len(features), self.num_neighbors)
+        use_gpu = self.device.type == "cuda"
         with (
             new_table(self.folder / "neighbors", info) as folder,
             array_writer(folder / "neighbors.npy", shape=shape, dtype=np.int64) as write_neighbors,
             array_writer(folder / "similarities.npy", shape=shape, dtype=np.float32) as write_similarities,
             progress("neighbors", total=shape[0], unit="images") as advance,
         ):
-            for block in (first, *blocks):
+            for block in find_neighbors(
+                features, num_neighbors=shape[1], exact_limit=self.exact_limit, use_gpu=use_gpu, num_threads=self.num_workers
+            ):
                 write_neighbors(block.neighbors)
                 write_similarities(block.similarities)
                 advance(len(block.neighbors))
 
     def _make_proposals(self) -> None:
         if self.keep_imported and (self._is_imported("proposals") or self._is_imported("rois")):
-            log.info("proposals: imported, kept as they are")
+            self._tell_imported("proposals")
             return
         mining, folder = self.config.mining, self.folder / "proposals"
         if mining.proposals == "coco-annotations":
             files = annotation_files(self.index, self.annotations)
             info = self._describe("proposals", {"annotations": digest_files(files)}, backend=mining.proposals)
-            self._make(info, COUNTS, lambda shards: self._write_objects(folder, shards, files))
+            self._make(info, COUNTS, lambda shards, _: save_shards(folder, shards, object_boxes(self.index, files), index=self.index))
             return
-        backend: Any = mining.proposals
-        proposer = Proposer(folder=folder, index=self.index, backend=backend, seed=mining.proposal_seed, num_workers=self.num_workers)
-
-        def work(shards: list[int]) -> None:
-            with self._progress("proposals", shards) as advance:
-                proposer.propose(shards, advance)
-
-        self._make(self._describe("proposals", {}, backend=backend, seed=mining.proposal_seed), COUNTS, work)
-
-    def _write_objects(self, folder: Path, shards: list[int], files: list[Path | None]) -> None:
-        boxes = object_boxes(self.index, files)
-        for shard in shards:
-            images = self.index.shard_rows(shard)
-            save_boxes(folder, shard, BoxTable.from_lists([boxes.of(image) for image in images]))
+        backend, seed = mining.proposals, mining.proposal_seed
+        proposer = Proposer(folder=folder, index=self.index, backend=backend, seed=seed, num_workers=self.num_workers)
+        self._make(self._describe("proposals", {}, backend=backend, seed=seed), COUNTS, proposer.propose)
 
     def _make_rois(self) -> None:
         if self.keep_imported and self._is_imported("rois"):
-            log.info("rois: imported, kept as they are")
+            self._tell_imported("rois")
             return
-        mining, folder = self.config.mining, self.folder / "rois"
+        mining, folder, proposals = self.config.mining, self.folder / "rois", self.folder / "proposals"
         limits = {name: getattr(mining, name) for name in ("min_side_px", "max_aspect", "max_iou", "max_rois")}
 
-        def work(shards: list[int]) -> None:
-            with self._progress("rois", shards) as advance:
-                filter_shards(
-                    folder, shards, index=self.index, proposals=self.folder / "proposals", mining=mining, num_threads=self.num_workers,
-                    advance=advance,
-                )  # fmt: skip
+        def work(shards: list[int], advance: Advance) -> None:
+            filter_shards(
+                folder, shards, index=self.index, proposals=proposals, limits=limits, num_threads=self.num_workers, advance=advance
+            )
 
         info = self._describe("rois", {"proposals": self.info("proposals").fingerprint}, **limits)
         self._make(info, COUNTS, work, lambda: join_boxes(folder, index=self.index))
 
     def _make_pairs(self) -> None:
-        mining, num_neighbors, folder = self.config.mining, self.num_neighbors, self.folder / "pairs"
-        found = table_info(folder)
+        mining, compat, folder = self.config.mining, self.config.compat, self.folder / "pairs"
         if self.keep_imported and self._is_imported("pairs"):
-            self._require_imported(found, num_neighbors=num_neighbors)
+            self._tell_imported("pairs")
             return
-        neighbors, rois = self.info("neighbors"), self.info("rois")
-        if int(neighbors.settings["num_neighbors"]) < num_neighbors:
+        found, neighbors, rois = table_info(folder), self.info("neighbors"), self.info("rois")
+        there = int(neighbors.settings["num_neighbors"])
+        if there < self.num_neighbors:
             raise StaleError(
-                f"{self.folder / 'neighbors'}: holds {neighbors.settings['num_neighbors']} neighbors, {num_neighbors} are asked for; "
-                f"run orl-fast mine neighbors --neighbors {num_neighbors}"
+                f"{self.folder / 'neighbors'}: holds {there} neighbors, {self.num_neighbors} are asked for; "
+                f"run orl-fast mine neighbors --neighbors {self.num_neighbors}"
             )
         made_from = {"encoder": self.encoder.fingerprint, "neighbors": neighbors.fingerprint, "rois": rois.fingerprint}
-        wanted = {"num_neighbors": num_neighbors, "pair_ratio": mining.pair_ratio, "compat": self.config.compat}
+        wanted = {"num_neighbors": self.num_neighbors, "pair_ratio": mining.pair_ratio, "compat": compat}
         info = self._describe("pairs", made_from, roi_size_px=mining.roi_size_px, **wanted)
         if found is not None and _serves(found, info):
             info = found
-        if found is None or found.fingerprint != info.fingerprint:
+        else:
             self._make_roi_features(rois)
         table = BoxTable.open(self.folder / "rois")
         miner = PairMiner(
             folder=folder,
             index=self.index,
             rois=table,
-            neighbors=NeighborTable.open(self.folder / "neighbors").neighbors[:, :num_neighbors],
+            neighbors=NeighborTable.open(self.folder / "neighbors").neighbors[:, : self.num_neighbors],
             features=RoiFeatures(self.folder / "roi-features", self.index, table),
             pair_ratio=mining.pair_ratio,
-            compat=self.config.compat,
+            compat=compat,
             device=self.device,
         )
-
-        def work(shards: list[int]) -> None:
-            with self._progress("pairs", shards) as advance:
-                miner.mine(shards, advance)
-
-        self._make(info, "pairs", work, miner.join)
+        self._make(info, "pairs", miner.mine, miner.join)
 
     def _make_roi_features(self, rois: TableInfo) -> None:
-        mining, folder = self.config.mining, self.folder / "roi-features"
-        table = BoxTable.open(self.folder / "rois")
+        folder, table = self.folder / "roi-features", BoxTable.open(self.folder / "rois")
 
-        def work(shards: list[int]) -> None:
-            num_done = len(table.boxes) - sum(_num_rois(table, self.index.shard_rows(shard)) for shard in shards)
-            bar = progress("RoI features", total=len(table.boxes), unit="RoIs", done=num_done)
-            with bar as advance, self._renderer() as renderer:
-                write_roi_features(
-                    folder, shards, index=self.index, rois=table, encoder=self.encoder, mining=mining, renderer=renderer,
-                    device=self.device, advance=advance,
-                )  # fmt: skip
+        def work(shards: list[int], advance: Advance) -> None:
+            with self._feature_writer(folder, advance) as writer:
+                writer.write_rois(shards, table)
 
         made_from = {"encoder": self.encoder.fingerprint, "rois": rois.fingerprint}
-        self._make(self._describe("roi-features", made_from, roi_size_px=mining.roi_size_px), "roi-features", work)
+        info = self._describe("roi-features", made_from, roi_size_px=self.config.mining.roi_size_px)
+        self._make(info, "roi-features", work, unit="RoIs", size=lambda shard: table.num_of(self.index.shard_rows(shard)))
 
     def _make_patches(self) -> None:
-        folder = self.folder / "patches"
         made_from = {name: self.info(name).fingerprint for name in ("rois", "pairs")}
         rois, pairs = BoxTable.open(self.folder / "rois"), PairTable.open(self.folder / "pairs")
-
-        def work(shards: list[int]) -> None:
-            used = partner_rois(rois, pairs)
-            packer = PatchPacker(folder=folder, index=self.index, rois=rois, used=used, num_workers=self.num_workers)
-            with self._progress("patches", shards) as advance:
-                packer.pack(shards, advance)
-
-        no_patches: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        packer = PatchPacker(folder=folder, index=self.index, rois=rois, used=no_patches, num_workers=1)
-        self._make(self._describe("patches", made_from, side_px=PATCH_SIDE_PX), "patches", work, packer.join)
+        packer = PatchPacker(folder=self.folder / "patches", index=self.index, rois=rois, pairs=pairs, num_workers=self.num_workers)
+        self._make(self._describe("patches", made_from, side_px=PATCH_SIDE_PX), "patches", packer.pack, packer.join)
 
     def _describe(self, kind: str, made_from: dict[str, str], **settings: Any) -> TableInfo:
         return TableInfo(kind=kind, made_from={"index": self.index.fingerprint, **made_from}, settings=settings)
 
-    def _make(self, info: TableInfo, last: str, work: Callable[[list[int]], None], finish: Callable[[], None] | None = None) -> None:
-        """Make a table shard by shard, unless it is up to date."""
-        path = self.folder / info.kind
-        table = ShardedTable(path=path, info=info, num_shards=self.index.num_shards, last=last, work=work, finish=finish)
-        if table.is_current():
-            log.info("%s: up to date", info.kind)
-            if self.share.rank == 0:
-                table.clean()
-        else:
-            table.make(self.share)
+    def _make(
+        self,
+        info: TableInfo,
+        last: str,
+        work: Callable[[list[int], Advance], None],
+        finish: Callable[[], None] | None = None,
+        *,
+        unit: str = "images",
+        size: Callable[[int], int] | None = None,
+    ) -> None:
+        """Make a table shard by shard, unless it is up to date; `size` is a shard's, in `unit`. See `ShardedTable`."""
+        share, num_shards = self.share, self.index.num_shards
+        size = size or (lambda shard: len(self.index.shard_rows(shard)))
 
-    def _make_alone(self, info: TableInfo, write: Callable[[], None]) -> None:
-        """Make a table in the first process, unless it is up to date, while the others wait."""
-        found = table_info(self.folder / info.kind)
-        self.share.barrier()  # all have looked
-        if found is not None and found.fingerprint == info.fingerprint:
-            log.info("%s: up to date", info.kind)
-        elif self.share.rank == 0:
-            write()
-        self.share.barrier()
+        def run(shards: list[int]) -> None:
+            total = sum(map(size, range(share.rank, num_shards, share.world_size)))
+            with progress(info.kind, total=total, unit=unit, done=total - sum(map(size, shards))) as advance:
+                work(shards, advance)
+
+        table = ShardedTable(path=self.folder / info.kind, info=info, num_shards=num_shards, last=last, work=run, finish=finish)
+        if not table.is_current():
+            table.make(share)
+            return
+        log.info("%s: up to date", info.kind)
+        if share.rank == 0:
+            table.clean()
 
     def _is_imported(self, step: str) -> bool:
         found = table_info(self.folder / step)
         return found is not None and IMPORTED in found.settings and self.info(step) is not None
 
-    def _require_imported(self, found: TableInfo | None, *, num_neighbors: int) -> None:
-        assert found is not None
-        if int(found.settings["num_neighbors"]) < num_neighbors:
+    def _tell_imported(self, step: str) -> None:
+        found = table_info(self.folder / step)
+        there = int(found.settings.get("num_neighbors", self.num_neighbors)) if found else self.num_neighbors
+        if there < self.num_neighbors:
             raise StaleError(
-                f"{self.folder / found.kind}: imported with {found.settings['num_neighbors']} neighbors, {num_neighbors} are asked for; "
-                f"use --neighbors {found.settings['num_neighbors']}, or remove the folder and mine"
+                f"{self.folder / step}: imported with {there} neighbors, {self.num_neighbors} are asked for; "
+                f"use --neighbors {there}, or remove the folder and mine"
             )
-        log.info("%s: imported, kept as they are", found.kind)
+        log.info("%s: imported, kept as they are", step)
 
     @contextmanager
     def _alone_here(self) -> Iterator[None]:
@@ -335,23 +308,24 @@ class Stage:
             yield
 
     @contextmanager
-    def _renderer(self) -> Iterator[Renderer]:
+    def _feature_writer(self, folder: Path, advance: Advance) -> Iterator[FeatureWriter]:
         rows = np.arange(min(len(self.index), 64), dtype=np.int64)
         mining, heights, widths = self.config.mining, self.index.heights, self.index.widths
         trial = center_crops(rows, heights=heights, widths=widths, resize_px=mining.resize_px, crop_px=mining.crop_px)
         with ShardReader(self.index) as reader:
             renderer = choose_renderer(reader, self.config.loader, trial=trial, device=self.device, num_threads=self.num_workers)
             try:
-                yield renderer
+                yield FeatureWriter(
+                    folder=folder,
+                    index=self.index,
+                    encoder=self.encoder,
+                    mining=mining,
+                    renderer=renderer,
+                    device=self.device,
+                    advance=advance,
+                )
             finally:
                 renderer.close()
-
-    @contextmanager
-    def _progress(self, name: str, shards: list[int]) -> Iterator[Callable[..., None]]:
-        mine = range(self.share.rank, self.index.num_shards, self.share.world_size)
-        total, todo = (sum(len(self.index.shard_rows(shard)) for shard in some) for some in (mine, shards))
-        with progress(name, total=total, unit="images", done=total - todo) as advance:
-            yield advance
 
 
 def _serves(found: TableInfo, wanted: TableInfo) -> bool:
@@ -366,7 +340,3 @@ def _serves(found: TableInfo, wanted: TableInfo) -> bool:
         and found.settings["pair_ratio"] >= wanted.settings["pair_ratio"]
         and found.settings["compat"] in (wanted.settings["compat"], "paper")  # a share of all entries includes the official share
     )
-
-
-def _num_rois(rois: BoxTable, images: range) -> int:
-    return int(rois.offsets[images.stop] - rois.offsets[images.start])

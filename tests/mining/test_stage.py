@@ -195,7 +195,7 @@ from orl_fast.shards import ShardIndex
 
 folder, rng = Path({folder!r}), random.Random(0)
 files = lambda: sorted(folder.rglob("*")) if folder.exists() else []
-for attempt in range(8):
+for attempt in range(6):
     child = os.fork()
     if not child:
         index = ShardIndex.open(Path({shards!r}))
@@ -207,7 +207,7 @@ for attempt in range(8):
         status = os.waitpid(child, os.WNOHANG)
     if status == (0, 0):
         time.sleep(rng.choice([0, 0.003, 0.01, 0.05, 0.3]))
-        if attempt < 7:
+        if attempt < 5:
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)
     print(attempt, status[1], len(files()), flush=True)
