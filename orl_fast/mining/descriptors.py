@@ -19,6 +19,7 @@ COLOR_BINS, TEXTURE_BINS = 25, 10
 _COLOR = 3 * COLOR_BINS  # length of a color histogram
 _TEXTURE = 3 * 4 * 2 * TEXTURE_BINS  # channels x derivatives x signs x bins
 _CODES = _COLOR + _TEXTURE
+_BINS_PER_LEVEL = np.float32(TEXTURE_BINS / 256)  # exact, and so is its product with 0 to 255
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +50,8 @@ def describe_atoms(image: Array, atoms: Array, num_atoms: int, scratch: Scratch)
         low[i::4], high[i::4] = extrema(plane)
     scales, zero_bins = _part_scales(low, high)
     counts = scratch.take("counts", (num_atoms, _CODES), np.int32)
-    _count_codes(image.reshape(len(image), -1), *planes, scales, atoms, counts)
+    dx, dy, diagonal_x, diagonal_y = planes
+    _count_codes(image.reshape(len(image), -1), dx, dy, diagonal_x, diagonal_y, scales, atoms, counts)
     sizes, boxes, pairs = _geometry(atoms, num_atoms)
     return Atoms(counts=counts, zero_bins=zero_bins, sizes=sizes, boxes=boxes, pairs=pairs)
 
@@ -71,12 +73,11 @@ def _part_scales(low: Array, high: Array) -> tuple[Array, Array]:
 @nb.njit(cache=True, nogil=True, fastmath={"contract"})
 def _texture_codes(values: Array, scale: Array, out: Array) -> None:
     """Signed codes of a row: bin of the positive part, or 10 + bin of the negative part. scale: [5, 3 W], the last row the first code."""
-    for i in range(len(values)):
+    for i in range(len(values)):  # both codes, then a choice: only so does the loop become vector code
         value = float32(values[i])
-        negative = value < float32(0)
-        level = value * (scale[2, i] if negative else scale[0, i]) + (scale[3, i] if negative else scale[1, i])
-        code = (int32(np.rint(level)) * int32(TEXTURE_BINS)) >> int32(8)
-        out[i] = code + int32(scale[4, i]) + (int32(TEXTURE_BINS) if negative else int32(0))
+        positive = np.floor(np.rint(value * scale[0, i] + scale[1, i]) * _BINS_PER_LEVEL)
+        negative = np.floor(np.rint(value * scale[2, i] + scale[3, i]) * _BINS_PER_LEVEL) + float32(TEXTURE_BINS)
+        out[i] = int32(scale[4, i] + (negative if value < float32(0) else positive))
 
 
 @nb.njit(cache=True, nogil=True)
@@ -87,6 +88,7 @@ def _count_codes(
     height, width = atoms.shape
     counts[:] = 0
     codes = np.empty((5, 3 * width), np.uint32)
+    flat, flat_codes = counts.reshape(-1), codes.reshape(-1)
     scale = np.empty((4, 5, 3 * width), np.float32)
     for i in range(3 * width):
         for derivative in range(4):
@@ -103,13 +105,11 @@ def _count_codes(
         _texture_codes(diagonal_x[y], scale[2], codes[3])
         _texture_codes(diagonal_y[y], scale[3], codes[4])
         row = atoms[y]
-        for x in range(width):
-            histogram = counts[row[x]]
-            for kind in range(5):
-                three = codes[kind, 3 * x : 3 * x + 3]
-                histogram[three[0]] += 1
-                histogram[three[1]] += 1
-                histogram[three[2]] += 1
+        for x in range(uint64(width)):
+            start = uint64(row[x]) * uint64(_CODES)
+            for kind in range(uint64(5)):
+                for c in range(uint64(3)):
+                    flat[start + flat_codes[(kind * uint64(width) + x) * uint64(3) + c]] += int32(1)
 
 
 @nb.njit(cache=True, nogil=True, inline="always")

@@ -10,9 +10,8 @@ from typing import Any
 import cv2
 import numba as nb
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import float32, int64, types, uint64
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from orl_fast.mining.scratch import Scratch
@@ -30,18 +29,17 @@ def derivatives(image: Array, scratch: Scratch) -> list[Array]:
     forth[:, 2] += (turned_width / 2 - center[0], turned_height / 2 - center[1])
     # Four channels: a pixel's derivatives are then one aligned vector.
     padded = cv2.cvtColor(image, cv2.COLOR_BGR2BGRA, dst=scratch.take("padded", (height, width, 4), np.uint8))
-    turned = scratch.take("turned", (turned_height, turned_width, 4), np.uint8)
+    turned = scratch.take("turned image", (turned_height, turned_width, 4), np.uint8)
     turned = cv2.warpAffine(padded, forth, (turned_width, turned_height), dst=turned)
     back = cv2.invertAffineTransform(cv2.getRotationMatrix2D((turned_width // 2, turned_height // 2), -45.0, 1.0)).astype(np.float32)
     # A narrow image is longer than its turned bounding box: OpenCV starts at 0 there.
     left, top = max(0, turned_width - width) // 2, max(0, turned_height - height) // 2
     rows = np.arange(top, top + height, dtype=np.float32)[:, None]
     starts = rows * back[:, 1] + back[:, 2]  # here, not in the kernel: OpenCV rounds between these two operations
-    for axis in (0, 1):
-        out = scratch.take(f"diagonal {axis}", (3 * height * width + 1,), np.float32)
-        _turn_back(_scharr(turned, axis, "turned derivative", scratch), back, starts, left, out)
-        planes.append(out[:-1].reshape(height, 3 * width))
-    return planes
+    dx, dy = (_scharr(turned, axis, f"turned {axis}", scratch) for axis in (0, 1))
+    out_x, out_y = (scratch.take(f"diagonal {axis}", (3 * height * width + 1,), np.float32) for axis in (0, 1))
+    _turn_back(dx, dy, back, starts, left, out_x, out_y)
+    return planes + [out[:-1].reshape(height, 3 * width) for out in (out_x, out_y)]
 
 
 def _scharr(image: Array, axis: int, name: str, scratch: Scratch) -> Array:
@@ -65,11 +63,11 @@ def extrema(plane: Array) -> tuple[Array, Array]:
 
 
 @nb.njit(cache=True, nogil=True, fastmath={"contract"})
-def _turn_back(plane: Array, matrix: Array, starts: Array, left: int, out: Array) -> None:
-    """Sample a plane [H', W', 4] int16 at the turned pixels; out: [3 H W + 1] float32, whose last element is for the padding lane."""
-    turned_height, turned_width, _ = plane.shape
-    flat, down = plane.reshape(-1), uint64(4 * turned_width)
-    width = (len(out) - 1) // (3 * len(starts))
+def _turn_back(dx: Array, dy: Array, matrix: Array, starts: Array, left: int, out_x: Array, out_y: Array) -> None:
+    """Sample two planes [H', W', 4] int16 at the turned pixels; the outputs [3 H W + 1] have one element more for the padding lane."""
+    turned_height, turned_width, _ = dx.shape
+    flat_x, flat_y, down = dx.reshape(-1), dy.reshape(-1), uint64(4 * turned_width)
+    width = (len(out_x) - 1) // (3 * len(starts))
     step_x, step_y = matrix[0, 0], matrix[1, 0]
     to = uint64(0)
     for y in range(len(starts)):
@@ -79,14 +77,22 @@ def _turn_back(plane: Array, matrix: Array, starts: Array, left: int, out: Array
             floor_x, floor_y = np.floor(source_x), np.floor(source_y)
             u, v, ix, iy = source_x - floor_x, source_y - floor_y, int64(floor_x), int64(floor_y)
             if (ix >= 0) & (iy >= 0) & (ix < turned_width - 1) & (iy < turned_height - 1):
-                _blend(flat, uint64(4 * (iy * turned_width + ix)), down, u, v, out, to)
+                at = uint64(4 * (iy * turned_width + ix))
+                _blend(flat_x, at, down, u, v, out_x, to)  # type: ignore[call-arg]
+                _blend(flat_y, at, down, u, v, out_y, to)  # type: ignore[call-arg]
             else:
-                for c in range(3):
-                    a, b = _at(plane, iy, ix, c), _at(plane, iy, ix + 1, c)
-                    d, e = _at(plane, iy + 1, ix, c), _at(plane, iy + 1, ix + 1, c)
-                    upper, lower = a + u * (b - a), d + u * (e - d)
-                    out[to + uint64(c)] = upper + v * (lower - upper)
+                for c in range(uint64(3)):
+                    out_x[to + c] = _blend_at_border(dx, ix, iy, c, u, v)
+                    out_y[to + c] = _blend_at_border(dy, ix, iy, c, u, v)
             to += uint64(3)
+
+
+@nb.njit(cache=True, nogil=True, fastmath={"contract"})
+def _blend_at_border(plane, x, y, c, u, v):  # type: ignore[no-untyped-def]
+    upper_left, upper_right = _at(plane, y, x, c), _at(plane, y, x + 1, c)
+    lower_left, lower_right = _at(plane, y + 1, x, c), _at(plane, y + 1, x + 1, c)
+    upper, lower = upper_left + u * (upper_right - upper_left), lower_left + u * (lower_right - lower_left)
+    return upper + v * (lower - upper)
 
 
 @nb.njit(cache=True, nogil=True, inline="always")
@@ -95,11 +101,11 @@ def _at(plane, y, x, c):  # type: ignore[no-untyped-def]
     return float32(plane[y, x, c]) if inside else float32(0)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _blend(typing_context, source, at, down, u, v, target, to):  # type: ignore[no-untyped-def]
+@intrinsic
+def _blend(typing_context: Any, source: Any, at: Any, down: Any, u: Any, v: Any, target: Any, to: Any) -> Any:
     """target[to : to + 4] = bilinear blend of source[at : at + 4], the pixel to its right and the two below, as one vector."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source_type, *_, target_type, _ = signature.args
         source, at, down, u, v, target, to = arguments
         shorts, floats = (
@@ -108,17 +114,17 @@ def _blend(typing_context, source, at, down, u, v, target, to):  # type: ignore[
         )
         vector, lanes = ir.VectorType(ir.FloatType(), 4), ir.VectorType(ir.IntType(16), 4)
         undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), "llvm.fma.v4f32")
+        fma = builder.module.declare_intrinsic("llvm.fma.v4f32", fnty=ir.FunctionType(vector, [vector] * 3))
 
-        def corner(index):  # type: ignore[no-untyped-def]
+        def corner(index: Any) -> Any:
             loaded = builder.load(builder.bitcast(builder.gep(shorts.data, [index]), lanes.as_pointer()))
             loaded.align = 2
             return builder.sitofp(loaded, vector)
 
-        def splat(scalar):  # type: ignore[no-untyped-def]
+        def splat(scalar: Any) -> Any:
             return builder.shuffle_vector(builder.insert_element(undefined, scalar, zeros.type.element(0)), undefined, zeros)
 
-        def mix(a, b, weight):  # type: ignore[no-untyped-def]
+        def mix(a: Any, b: Any, weight: Any) -> Any:
             return builder.call(fma, [weight, builder.fsub(b, a), a])
 
         right, below = at.type(4), builder.add(at, down)

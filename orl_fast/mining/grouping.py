@@ -28,7 +28,7 @@ def propose_regions(atoms: Atoms, region_of_atom: Array, num_regions: int, area:
     return np.concatenate(boxes), np.concatenate(levels)
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True, error_model="numpy")
 def _sum_atoms(
     counts: Array, zero_bins: Array, atom_sizes: Array, atom_boxes: Array, atom_pairs: Array, region_of_atom: Array, num_regions: int
 ) -> tuple[Array, Array, Array, Array]:
@@ -76,7 +76,7 @@ def _sum_atoms(
 
 
 @nb.njit(cache=True, nogil=True)
-def _intersect(edges: Array, ends: Array, histograms: Array, start: int, stop: int) -> tuple[float, float, float, float]:
+def _intersect(edges, ends, histograms, start, stop):  # type: ignore[no-untyped-def]
     """Intersections of four pairs of histograms: sums in order, but four at once, as each addition waits for the one before it."""
     a0, b0 = histograms[ends[2 * edges[0]], start:stop], histograms[ends[2 * edges[0] + 1], start:stop]
     a1, b1 = histograms[ends[2 * edges[1]], start:stop], histograms[ends[2 * edges[1] + 1], start:stop]
@@ -91,7 +91,7 @@ def _intersect(edges: Array, ends: Array, histograms: Array, start: int, stop: i
     return sum0, sum1, sum2, sum3
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True, error_model="numpy")
 def _compare(
     todo: Array, n: int, ends: Array, histograms: Array, sizes: Array, boxes: Array, area: int, with_color: bool, similarities: Array
 ) -> None:
@@ -113,7 +113,7 @@ def _compare(
                 similarities[edge] = (_THIRD * fill + _THIRD * texture + _THIRD * size) / (_THIRD + _THIRD + _THIRD)
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True, error_model="numpy")
 def _merge(a: int, b: int, into: int, histograms: Array, sizes: Array, boxes: Array) -> None:
     """Histograms merge weighted by size (section 3.2)."""
     weight_a, weight_b, weight = float32(sizes[a]), float32(sizes[b]), float32(sizes[a] + sizes[b])
@@ -155,7 +155,7 @@ def _refresh_peak(peaks: Array, bits: Array, block: int) -> None:
 
 
 @nb.njit(cache=True, nogil=True)
-def _most_similar(peaks: Array, bits: Array) -> int:
+def _most_similar(peaks, bits):  # type: ignore[no-untyped-def]
     """The edge with the largest similarity, the first of equals; -1 if none is left. Floats >= 0 order like their bits."""
     block = np.argmax(peaks)
     if peaks[block] < 0:
@@ -166,7 +166,7 @@ def _most_similar(peaks: Array, bits: Array) -> int:
     return edge
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True, error_model="numpy")
 def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: int, with_color: bool) -> tuple[Array, Array]:
     """Merge until no neighbors are left (algorithm 1): boxes [2 R - 1, 4] and levels, leaves first, then merges in order.
 

@@ -60,11 +60,10 @@ def segment(image: Array, scratch: Scratch) -> Segmentations:
     core_of_pixel = scratch.take("cores", (num_pixels,), np.uint32)
     sizes, last, num_pairs = _number_cores(parent, state, pairs[:num_pairs], weights[:num_pairs], core_of_pixel)
     found = [_segment_cores(sizes, last, pairs[:num_pairs], weights[:num_pairs], np.float32(k)) for k in SCALES]
-    labels, counts = zip(*found, strict=True)
-    atom_of_core, regions = _intersect(*labels, counts[0])
+    atom_of_core, regions = _intersect(found[0][0], found[1][0], found[2][0], found[0][1])
     atoms = scratch.take("atoms", (num_pixels,), np.uint32)
     np.take(atom_of_core, core_of_pixel, out=atoms, mode="clip")
-    return Segmentations(atoms=atoms.reshape(height, width), regions=tuple(regions), num_regions=counts)
+    return Segmentations(atoms=atoms.reshape(height, width), regions=regions, num_regions=tuple(count for _, count in found))
 
 
 @nb.njit(cache=True, nogil=True)
@@ -154,7 +153,7 @@ def _root(parent, node):  # type: ignore[no-untyped-def]
     return found
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True, error_model="numpy")
 def _grow_cores(edges: Array, width: int, parent: Array, state: Array, pairs: Array, weights: Array) -> int:
     """Join what every k joins; returns the number M of edges left to be decided per k.
 
@@ -234,8 +233,8 @@ def _number_cores(parent: Array, state: Array, pairs: Array, weights: Array, cor
     return sizes[:n].copy(), last[:n].copy(), m
 
 
-@nb.njit(cache=True, nogil=True)
-def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: float) -> tuple[Array, int]:
+@nb.njit(cache=True, nogil=True, error_model="numpy")
+def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: np.float32) -> tuple[Array, int]:
     """The segmentation for one k: join cores by the criterion, then regions below the minimum size; [C] uint32 labels, their number."""
     num_cores = len(sizes)
     parent, size = np.arange(num_cores).astype(np.uint32), sizes.copy()

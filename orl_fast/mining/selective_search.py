@@ -16,7 +16,13 @@ from orl_fast.mining.segmentation import segment
 
 Array = np.ndarray[Any, Any]
 
-_per_thread = threading.local()
+
+class _PerThread(threading.local):
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_per_thread = _PerThread()
 
 
 def all_regions(image_rgb: Array) -> tuple[Array, Array]:
@@ -26,8 +32,7 @@ def all_regions(image_rgb: Array) -> tuple[Array, Array]:
         boxes [P, 4] int32 xyxy, half-open, with duplicates; levels [P] int32: 1 for a region of a segmentation, a merge is one
         above the higher of its parts.
     """
-    scratch = getattr(_per_thread, "scratch", None) or Scratch()
-    _per_thread.scratch = scratch
+    scratch = _per_thread.scratch
     area = image_rgb.shape[0] * image_rgb.shape[1]
     found = []
     for conversion in (cv2.COLOR_RGB2HSV, cv2.COLOR_RGB2LAB):
