@@ -19,6 +19,7 @@ _NAMES = {"top1": "top-1", "mean_class_accuracy": "mean per class", "chance": "c
 @click.option("--annotations", type=click.Path(path_type=Path), help="COCO-style annotation file: its boxes are the objects.")
 @click.option("--images", type=click.Path(path_type=Path), help="Where that file's images lie.")
 @click.option("--test", type=click.Path(path_type=Path), help="Test data like DATA [default: a part of DATA is held out].")
+@click.option("--test-images", type=click.Path(path_type=Path), help="Where the images of a test annotation file lie.")
 @click.option("--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.3, show_default=True, help="That part.")
 @click.option("--random-init", is_flag=True, help="Also score the same backbone untrained.")
 @click.option("--size", "size_px", type=click.IntRange(min=8), help="Side of the encoded views, px [default: as in mining].")
@@ -36,6 +37,7 @@ def command(
     annotations: Path | None,
     images: Path | None,
     test: Path | None,
+    test_images: Path | None,
     held_out: float,
     random_init: bool,
     size_px: int | None,
@@ -67,7 +69,10 @@ def command(
 
     encoder = load_encoder(checkpoint)
     objects = open_labelled(source, images=images)
-    labelled = with_test(objects, open_labelled(test)) if test else split_by_image(objects, held_out=held_out, seed=seed)
+    if test:
+        labelled = with_test(objects, open_labelled(test, images=test_images))
+    else:
+        labelled = split_by_image(objects, held_out=held_out, seed=seed)
 
     def score(features: "LabelledFeatures") -> dict[str, float]:
         if kind == "knn":

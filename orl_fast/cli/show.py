@@ -79,7 +79,7 @@ def views(
     from orl_fast.report import draw_grid, save_picture, view_grid
     from orl_fast.shards import ShardIndex, ShardReader
     from orl_fast.train.distributed import process_group
-    from orl_fast.train.stage import next_method, open_mined
+    from orl_fast.train.stage import mined_overrides, next_method, open_mined
     from orl_fast.views.plan import draw_byol, draw_orl
     from orl_fast.views.renderer import choose_renderer
 
@@ -87,7 +87,8 @@ def views(
     mined = mined or mined_folder(index.path)
     method = method or next_method(index, mined)[0]
     earlier = run_folder(index.path, method) / "recipe.toml"
-    config = with_overrides(load_config(recipe or (earlier if earlier.is_file() else "coco-r50")), [f"loader.renderer={renderer}"])
+    overrides = [f"loader.renderer={renderer}", *(mined_overrides(mined) if method == "orl" else ())]
+    config = with_overrides(load_config(recipe or (earlier if earlier.is_file() else "coco-r50")), overrides)
     rows = np.array(_choose(index, images, num_images=num_images, seed=seed), np.int64)
     common: dict[str, Any] = {"seed": seed, "epoch": epoch, "heights": index.heights, "widths": index.widths, "views": config.views}
     if method == "orl":
