@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it; read when torch is imported
 _SHARED = Path(os.environ.get("ORL_FAST_SHARED", Path(__file__).parents[2] / "shared"))
 
 

@@ -70,6 +70,8 @@ def cli(verbose: bool, quiet: bool) -> None:
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted."""
+    # Waiting OpenMP threads sleep instead of spinning, since they share the cores with the loader's threads. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
