@@ -39,7 +39,8 @@ def test_the_cost_is_chosen_without_the_test_data() -> None:
 def test_knn_equals_a_loop_over_the_definition() -> None:
     train, test = _features(0, noise=2.0), _features(1, noise=2.0)
     found = knn(train, test, num_neighbors=7, temperature=0.2)
-    unit = [part.values.astype(np.float64) / np.linalg.norm(part.values.astype(np.float64), axis=1, keepdims=True) for part in (train, test)]
+    wide = [part.values.astype(np.float64) for part in (train, test)]
+    unit = [values / np.linalg.norm(values, axis=1, keepdims=True) for values in wide]
     right = 0
     for x, label in zip(unit[1], test.labels, strict=True):
         cosine = unit[0] @ x
