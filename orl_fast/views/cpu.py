@@ -1,4 +1,8 @@
-"""The CPU renderer: DALI decodes each source once and only where crops lie, numba kernels render all crops into one block of memory."""
+"""The CPU renderer: DALI decodes each source once and only where crops lie, numba kernels render all crops into one block of memory.
+
+Decoded pixels are PIL's bit for bit. A finished view differs from the reference's by 0.2 levels of 255 on average; of a thousand values one
+differs by more than 4, where the hue or solarization makes more of a rounding (without those: by more than 2). Tests hold it to that.
+"""
 
 import os
 import threading

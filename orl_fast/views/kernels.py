@@ -173,6 +173,7 @@ def _resize(pixels, height, width, x1, y1, x2, y2, beyond_box, size, flip):  # t
     if beyond_box:
         left, top, right, bottom = 0, 0, width, height
     else:
+        x1, y1, x2, y2 = np.rint(x1), np.rint(y1), np.rint(x2), np.rint(y2)
         left, top = min(max(int(x1), 0), width - 1), min(max(int(y1), 0), height - 1)
         right, bottom = min(max(int(x2), left + 1), width), min(max(int(y2), top + 1), height)
     first_x, count_x, weights_x = _triangle(x1, x2, left, right, size)
