@@ -1,19 +1,19 @@
 """`orl-fast train`: stage 1 and stage 3."""
 
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from orl_fast.cli.places import default_shards, mined_folder, run_folder
-from orl_fast.config import RENDERERS, Config, load_config
+from orl_fast.config import RENDERERS, load_config
 
 if TYPE_CHECKING:
     from orl_fast.train.distributed import DeviceChoice
 
 DEFAULT_RECIPE = "coco-r50"
+CHECKPOINT, RECIPE = "checkpoint.pt", "recipe.toml"
 
 
 @click.command()
@@ -48,7 +48,7 @@ def command(
     from orl_fast.shards import ShardIndex
     from orl_fast.train.distributed import process_group
     from orl_fast.train.loop import train
-    from orl_fast.train.stage import next_method, open_mined
+    from orl_fast.train.stage import mined_overrides, next_method, open_mined, warn_if_mined_elsewhere
 
     shards = default_shards(shards)
     mined = mined or mined_folder(shards)
@@ -60,8 +60,14 @@ def command(
         if method is None:
             method, reason = next_method(index, mined)
             say("%s: %s", "stage 1, BYOL" if method == "byol" else "stage 3, ORL", reason)
+            if method == "orl" and ranks.is_main:
+                warn_if_mined_elsewhere(mined, run_folder(shards, "byol") / CHECKPOINT)
         folder = out or run_folder(shards, method)
-        config = _config(recipe, [*overrides, *extra], places=_earlier_recipes(method, folder, shards, restart=restart), say=say)
+        if recipe is None:
+            recipe = _earlier_recipe(method, folder, shards, restart=restart)
+            extra = [*(mined_overrides(mined) if method == "orl" else ()), *extra]
+        say("recipe: %s%s", recipe, f", with {', '.join([*extra, *overrides])}" if extra or overrides else "")
+        config = load_config(recipe, overrides=[*extra, *overrides])
         tables = open_mined(index, mined, config) if method == "orl" else None
         if ranks.device.type == "cpu" and device == "auto":
             say("no GPU here: training on the CPU")
@@ -72,20 +78,12 @@ def command(
         click.echo(f"Stopped after step {outcome.step} of {outcome.num_steps}, saved in {folder}; run the same command again to go on.")
         sys.exit(128 + outcome.signum)
     already = "was finished before" if outcome.first_step == outcome.num_steps else "is finished"
-    following = f"orl-fast mine {shards}" if method == "byol" else f"orl-fast eval probe {folder / 'checkpoint.pt'} FOLDER"
-    click.echo(f"{method} {already}: {outcome.num_steps} steps, {folder / 'checkpoint.pt'}. Next: {following}")
+    following = f"orl-fast mine {shards}" if method == "byol" else f"orl-fast eval probe {folder / CHECKPOINT} FOLDER"
+    click.echo(f"{method} {already}: {outcome.num_steps} steps, {folder / CHECKPOINT}. Next: {following}")
 
 
-def _earlier_recipes(method: str, folder: Path, shards: Path, *, restart: bool) -> Iterable[Path]:
-    """Where a run without --recipe takes it from: the run that it goes on with; for stage 3, stage 1."""
-    if (folder / "checkpoint.pt").is_file() and not restart:
-        yield folder / "recipe.toml"
-    if method == "orl":
-        yield run_folder(shards, "byol") / "recipe.toml"
-
-
-def _config(recipe: str | None, overrides: list[str], *, places: Iterable[Path], say: Callable[..., None]) -> Config:
-    if recipe is None:
-        recipe = str(next((place for place in places if place.is_file()), DEFAULT_RECIPE))
-    say("recipe: %s%s", recipe, f", with {', '.join(overrides)}" if overrides else "")
-    return load_config(recipe, overrides=overrides)
+def _earlier_recipe(method: str, folder: Path, shards: Path, *, restart: bool) -> str:
+    """What a run without --recipe goes by: the run that it goes on with; for stage 3, stage 1; else the paper."""
+    going_on = folder / RECIPE if (folder / CHECKPOINT).is_file() and not restart else None
+    stage_1 = run_folder(shards, "byol") / RECIPE if method == "orl" else None
+    return next((str(path) for path in (going_on, stage_1) if path is not None and path.is_file()), DEFAULT_RECIPE)

@@ -7,6 +7,7 @@ from pathlib import Path
 from orl_fast.config import Config
 from orl_fast.console import log
 from orl_fast.errors import StaleError
+from orl_fast.models import load_encoder
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import PairTable, RoiTable, TableInfo, open_info, table_info
 from orl_fast.views.sources import PatchStore
@@ -34,6 +35,21 @@ def next_method(index: ShardIndex, mined: Path) -> tuple[str, str]:
         return "byol", f"nothing is mined yet in {mined}"
     _open_pairs(index, mined)
     return "orl", f"pairs are there in {mined}"
+
+
+def mined_overrides(mined: Path) -> list[str]:
+    """What the pairs were mined with, as "key=value": the default of a run whose recipe nobody named."""
+    info = table_info(mined / "pairs")
+    settings = info.settings if info else {}
+    return [f"mining.{key}={settings[key]}" for key in ("num_neighbors", "pair_ratio") if key in settings]
+
+
+def warn_if_mined_elsewhere(mined: Path, checkpoint: Path) -> None:
+    """Say so where the pairs come from another encoder than this checkpoint's: trained again since, or mined from another run."""
+    info = table_info(mined / "pairs")
+    encoder = info.made_from.get("encoder") if info else None
+    if encoder is not None and checkpoint.is_file() and load_encoder(checkpoint).fingerprint != encoder:
+        log.warning("%s: mined from another encoder than %s; orl-fast mine renews the pairs", mined / "pairs", checkpoint)
 
 
 def open_mined(index: ShardIndex, mined: Path, config: Config) -> Mined:

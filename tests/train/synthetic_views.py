@@ -15,7 +15,14 @@ from orl_fast.train.metrics import Meter
 from orl_fast.train.step import TrainStep
 from orl_fast.views.loader import Views
 
-SMALL = ["backbone=resnet18", "projector_hidden=24", "projector_out=16", "predictor_hidden=24", "image_size_px=48", "patch_size_px=32"]
+SMALL = [
+    "backbone=shufflenet_v2_x0_5",
+    "projector_hidden=24",
+    "projector_out=16",
+    "predictor_hidden=24",
+    "image_size_px=48",
+    "patch_size_px=32",
+]
 
 
 def small_config(*overrides: str) -> Config:

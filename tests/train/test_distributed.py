@@ -45,7 +45,7 @@ def _run_ranks(world_size: int, method: str, overrides: list[str], *, num_steps:
 
 
 def test_two_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
-    overrides = ["batch_size=8", "accumulate=2"]
+    overrides = ["backbone=resnet18", "batch_size=8", "accumulate=2"]
     ranks = _run_ranks(2, "orl", overrides, num_steps=2, save_to=tmp_path)
     run_steps("orl", small_config(*overrides), num_steps=2, save_to=tmp_path)
     alone = torch.load(tmp_path / "rank0.pt", weights_only=True)
