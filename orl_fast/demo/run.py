@@ -41,7 +41,7 @@ class DemoSize:
 
     num_scenes: int = 2000
     num_labelled: int = 500
-    epochs: int = 8
+    epochs: int = 6
 
 
 FAST = DemoSize(num_scenes=256, num_labelled=100, epochs=1)

@@ -3,6 +3,9 @@
 A scene has a theme: a hue, a region of a photograph, and two digit classes that most of its digits come from. So scenes that look alike
 hold alike objects, which is what ORL's stage 2 looks for. The labelled scenes, which only evaluations see, have no themes; those
 that test hold digits that nothing was trained on.
+
+Colors vary within a scene: each digit has its own, the background runs from the theme's hue to another. Views that differ in color then
+teach what random features lack. A color or texture that a whole scene shares is all that BYOL needs to know it by; digits stay unlearnt.
 """
 
 import colorsys
@@ -21,7 +24,8 @@ SIDE_PX = 192
 _NUM_DIGITS = (5, 7)
 _DIGIT_PX = (46, 76)
 _MAX_TURN_DEG = 15.0
-_MIN_CONTRAST = 70.0  # of luminance, digit against the background around it
+_MIN_CONTRAST = 60.0  # of luminance, digit against the background around it
+_BLACK, _WHITE = 10.0, 235.0  # the luminance of digits
 _GAP_PX = 2
 _NUM_THEMES = 10
 _THEME_SHARE = 0.9  # of a scene's digits that come from its theme's two classes
@@ -87,7 +91,7 @@ class ScenePainter:
         return Scene(image=image, boxes=np.array(boxes, np.int16).reshape(-1, 4), labels=np.array(labels, np.int64))
 
     def _background(self, rng: np.random.Generator, theme: _Theme | None) -> NDArray[np.float32]:
-        """A blurred crop of a photograph, tinted. [192, 192, 3] float32."""
+        """A blurred crop of a photograph, its tint running from one hue to another. [192, 192, 3] float32."""
         photo = self._photos[theme.photo if theme else rng.integers(len(self._photos))]
         side_px = int(rng.integers(150, 241))
         y, x = theme.corner if theme else (rng.integers(photo.shape[0]), rng.integers(photo.shape[1]))
@@ -99,12 +103,15 @@ class ScenePainter:
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         blurred = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(crop, np.float32), (0, 0), float(rng.uniform(1, 2))), np.float32)
-        hue = (theme.hue if theme else rng.random()) + rng.normal(0, 0.02)
-        tint = np.array(colorsys.hsv_to_rgb(hue % 1.0, 0.6, 1.0), np.float32)
         gray = _luminance(blurred)[..., None]
-        # A middling luminance of low contrast: digits both lighter and darker than it find room, and it draws no edges of its own.
-        gray = (gray - gray.mean()) * 0.5 + float(rng.uniform(95, 160))
-        tinted = 0.45 * gray * (0.4 + tint) + 0.55 * (0.3 * (blurred - blurred.mean()) + gray)
+        # A middling luminance of halved contrast: digits both lighter and darker than it find room.
+        gray = np.clip((gray - gray.mean()) * 0.5 + float(rng.uniform(100, 150)), 40, 215)
+        hue = (theme.hue if theme else rng.random()) + rng.normal(0, 0.02)
+        tints = _color(hue, rng.uniform(0.2, 0.55)), _color(rng.random(), rng.uniform(0.2, 0.55))
+        angle = rng.uniform(0, 2 * np.pi)
+        y_share, x_share = np.mgrid[:small_px, :small_px] / (small_px - 1) - 0.5
+        share = np.clip(0.5 + 1.2 * (np.cos(angle) * x_share + np.sin(angle) * y_share), 0, 1)[..., None]
+        tinted = np.asarray(gray * ((1 - share) * tints[0] + share * tints[1]), np.float32)
         return np.asarray(cv2.resize(tinted, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
@@ -159,14 +166,19 @@ def _enlarge(glyph: NDArray[np.float32], side_px: int, turn_deg: float) -> NDArr
 
 
 def _ink_color(background: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """An RGB color of low saturation whose luminance keeps the contrast to `background`."""
-    room_below, room_above = max(0.0, background - _MIN_CONTRAST), max(0.0, 255 - background - _MIN_CONTRAST)
+    """Any hue, a luminance that keeps the contrast to `background`."""
+    room_below, room_above = max(0.0, background - _MIN_CONTRAST), max(0.0, _WHITE - background - _MIN_CONTRAST)
     if rng.random() * (room_below + room_above) < room_below:
-        level = rng.uniform(0, room_below)
+        level = rng.uniform(_BLACK, max(_BLACK, room_below))
     else:
-        level = rng.uniform(background + _MIN_CONTRAST, 255)
-    color = np.array(colorsys.hsv_to_rgb(rng.random(), float(rng.uniform(0, 0.25)), 1.0), np.float32)
-    return np.asarray(color * (level / float(_luminance(color))), np.float32)
+        level = rng.uniform(background + _MIN_CONTRAST, max(background + _MIN_CONTRAST, _WHITE))
+    return np.asarray(level * _color(rng.random(), rng.uniform(0, 0.85)), np.float32)
+
+
+def _color(hue: float, saturation: float) -> NDArray[np.float32]:
+    """The RGB color of luminance 1. A strong one exceeds what a pixel can hold and is clipped in the end."""
+    color = np.array(colorsys.hsv_to_rgb(hue % 1.0, saturation, 1.0), np.float32)
+    return np.asarray(color / _luminance(color), np.float32)
 
 
 def _luminance(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
