@@ -87,7 +87,7 @@ def _triangle(start, end, low, high, size):  # type: ignore[no-untyped-def]
     scale = (end - start) / size
     support = max(scale, 1.0)
     first, count = np.empty(size, np.int64), np.empty(size, np.int64)
-    longest = int(np.ceil(support)) * 2 + 2
+    longest = int(np.ceil(support)) * 2 + 5  # and up to three zeros, see `_blend_rows`
     weights, shares = np.zeros((size, longest), np.uint16), np.empty(longest)
     for i in range(size):
         center = start + (i + 0.5) * scale
@@ -117,36 +117,33 @@ def _blend_rows(source, stride, offset, first, count, weights, total, row):  # t
     if count == 1:
         _copy(source[first * stride + offset : first * stride + offset + n], row)
         return
-    k = 0
-    while k < count:
+    # Four rows at a time; what is missing to four is read from the last row with weight 0. The last four go to `row` without a detour.
+    last = (first + count - 1) * stride + offset
+    for k in range(0, count, 4):
         at = (first + k) * stride + offset
         a, w_a = source[at : at + n], weights[k]
-        if k + 4 <= count:
-            b, w_b = source[at + stride : at + stride + n], weights[k + 1]
-            c, w_c = source[at + 2 * stride : at + 2 * stride + n], weights[k + 2]
-            d, w_d = source[at + 3 * stride : at + 3 * stride + n], weights[k + 3]
-            if k == 0:
-                for i in range(n):
-                    total[i] = np.uint16(128 + a[i] * w_a + b[i] * w_b + c[i] * w_c + d[i] * w_d)
-            else:
-                for i in range(n):
-                    total[i] = np.uint16(total[i] + a[i] * w_a + b[i] * w_b + c[i] * w_c + d[i] * w_d)
-            k += 4
-        elif k + 2 <= count:
-            b, w_b = source[at + stride : at + stride + n], weights[k + 1]
-            if k == 0:
-                for i in range(n):
-                    total[i] = np.uint16(128 + a[i] * w_a + b[i] * w_b)
-            else:
-                for i in range(n):
-                    total[i] = np.uint16(total[i] + a[i] * w_a + b[i] * w_b)
-            k += 2
+        at = min(at + stride, last)
+        b, w_b = source[at : at + n], weights[k + 1]
+        if count == 2:
+            for i in range(n):
+                row[i] = np.uint8(np.uint16(128 + a[i] * w_a + b[i] * w_b) >> 8)
+            return
+        at = min(at + stride, last)
+        c, w_c = source[at : at + n], weights[k + 2]
+        at = min(at + stride, last)
+        d, w_d = source[at : at + n], weights[k + 3]
+        if count <= 4:
+            for i in range(n):
+                row[i] = np.uint8(np.uint16(128 + a[i] * w_a + b[i] * w_b + c[i] * w_c + d[i] * w_d) >> 8)
+        elif k == 0:
+            for i in range(n):
+                total[i] = np.uint16(128 + a[i] * w_a + b[i] * w_b + c[i] * w_c + d[i] * w_d)
+        elif k + 4 < count:
+            for i in range(n):
+                total[i] = np.uint16(total[i] + a[i] * w_a + b[i] * w_b + c[i] * w_c + d[i] * w_d)
         else:
             for i in range(n):
-                total[i] = np.uint16(total[i] + a[i] * w_a)
-            k += 1
-    for i in range(n):
-        row[i] = np.uint8(total[i] >> 8)
+                row[i] = np.uint8(np.uint16(total[i] + a[i] * w_a + b[i] * w_b + c[i] * w_c + d[i] * w_d) >> 8)
 
 
 @nb.njit(cache=True, nogil=True)
