@@ -166,7 +166,7 @@ def _enlarge(glyph: NDArray[np.float32], side_px: int, turn_deg: float) -> NDArr
 
 
 def _ink_color(background: float, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Any hue, a luminance that keeps the contrast to `background`."""
+    """Any hue, a luminance that keeps the contrast to `background` (but for what clipping takes from strong colors)."""
     room_below, room_above = max(0.0, background - _MIN_CONTRAST), max(0.0, _WHITE - background - _MIN_CONTRAST)
     if rng.random() * (room_below + room_above) < room_below:
         level = rng.uniform(_BLACK, max(_BLACK, room_below))
