@@ -16,7 +16,7 @@ from orl_fast.config import Compat, ViewsConfig
 from orl_fast.philox import uniform
 from orl_fast.tables import BoxTable
 
-_BLOCK = 32  # kept boxes compared at once: enough for vector registers, few enough to stop early
+_BLOCK = 16  # kept boxes compared at once: enough for vector registers, few enough to stop early
 _MAX_PX = 32767  # what int16 holds; no box reaches beyond
 _VIEWS = ViewsConfig()
 
@@ -85,9 +85,7 @@ def filter_proposals(
         raise ValueError("boxes: empty; give at least one box (the whole image where there is no proposal)")
     if max_rois < 1:
         raise ValueError(f"max_rois: {max_rois}; keep at least 1")
-    kept = np.empty(min(len(rows), max_rois), np.int64)
-    num = _filter_kernel(rows, float(min_side_px), float(max_aspect), float(max_iou), kept)
-    return kept[:num]
+    return _filter_kernel(rows, float(min_side_px), float(max_aspect), float(max_iou), max_rois)  # type: ignore[no-any-return]
 
 
 def filter_table(
@@ -292,9 +290,10 @@ def _nms_kernel(boxes, order, max_iou):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
-def _filter_kernel(boxes, min_side, max_aspect, max_iou, rows):  # type: ignore[no-untyped-def]
-    """Write the kept rows, at most len(rows), and return their number."""
-    kept, num = _room_for(len(rows), np.float64), 0
+def _filter_kernel(boxes, min_side, max_aspect, max_iou, max_rois):  # type: ignore[no-untyped-def]
+    """The rows kept, in order."""
+    rows, num = np.empty(min(len(boxes), max_rois), np.int64), 0
+    kept = _room_for(len(rows), np.float64)
     for row in range(len(boxes)):
         x1, y1 = np.float64(boxes[row, 0]), np.float64(boxes[row, 1])
         x2, y2 = np.float64(boxes[row, 2]), np.float64(boxes[row, 3])
@@ -310,7 +309,7 @@ def _filter_kernel(boxes, min_side, max_aspect, max_iou, rows):  # type: ignore[
     if num == 0:
         rows[0] = 0
         num = 1
-    return num
+    return rows[:num]
 
 
 @nb.njit(cache=True, nogil=True)
@@ -325,9 +324,9 @@ def _filter_table_kernel(arrays, min_side, max_aspect, max_iou, start, stop):  #
             box = boxes[offsets[image] + i]
             clipped[i, 0], clipped[i, 1] = min(max(box[0], 0), width), min(max(box[1], 0), height)
             clipped[i, 2], clipped[i, 3] = min(max(box[2], 0), width), min(max(box[3], 0), height)
-        rows = np.empty(room[image + 1] - room[image], np.int64)
-        counts[image] = _filter_kernel(clipped, min_side, max_aspect, max_iou, rows)
-        for i in range(counts[image]):
+        rows = _filter_kernel(clipped, min_side, max_aspect, max_iou, room[image + 1] - room[image])
+        counts[image] = len(rows)
+        for i in range(len(rows)):
             out[room[image] + i] = clipped[rows[i]]
 
 
