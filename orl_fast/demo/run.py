@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from orl_fast.config import Config, load_config, with_overrides
 from orl_fast.console import human_time, log
 from orl_fast.demo.scenes import write_scenes
+from orl_fast.errors import StaleError
 from orl_fast.evals import LabelledData, encode_labelled, knn, linear_probe, open_labelled, with_test
 from orl_fast.files import write_json
 from orl_fast.mining.stage import Stage
@@ -85,7 +86,7 @@ class Demo:
         """Remove what an earlier demo left in the folder, and nothing else."""
         for name in ("scenes", "shards", "runs"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for file in (self.picture, self.folder / "results.json"):
+        for file in (self.picture, self.folder / "results.json", self.folder / "demo.json"):
             file.unlink(missing_ok=True)
 
     def run(self) -> dict[str, dict[str, float]]:
@@ -98,6 +99,7 @@ class Demo:
             StaleError: the folder holds a demo of another seed or size.
         """
         start_s = time.monotonic()
+        self._claim_folder()
         with self._stage("drawing scenes", start_s):
             scenes = self.folder / "scenes"
             write_scenes(scenes / "train", num_scenes=self.size.num_scenes, seed=self.seed)
@@ -125,6 +127,12 @@ class Demo:
         with self._stage("drawing pairs", start_s):
             self._draw_pairs(index)
         return results
+
+    def _claim_folder(self) -> None:
+        told, settings = self.folder / "demo.json", {"seed": self.seed, **asdict(self.size)}
+        if told.is_file() and json.loads(told.read_text()) != settings:
+            raise StaleError(f"{self.folder}: holds a demo of another seed or size; use --restart to replace it, or another --out")
+        write_json(told, settings)
 
     @contextmanager
     def _stage(self, name: str, start_s: float) -> Iterator[None]:
