@@ -106,5 +106,6 @@ def _show(kind: str, found: dict[str, dict[str, float]]) -> None:
     settings = f"C = {first['cost']:g}" if kind == "probe" else f"k = {first['num_neighbors']:g}, temperature {first['temperature']:g}"
     console.print(
         f"{first['num_train']:g} objects learnt from, {first['num_test']:g} tested, {first['num_classes']:g} classes; "
-        f"{first['num_skipped']:g} unreadable images skipped; {settings}. Chance: always the most frequent class."
+        f"{first['num_skipped']:g} unreadable images skipped; {settings}. Chance: always the most frequent class.",
+        soft_wrap=True,
     )

@@ -57,11 +57,11 @@ class LabelledData:
 
 
 def open_labelled(path: Path, *, images: Path | None = None) -> LabelledObjects:
-    """Open a folder of class folders, a COCO root, or a COCO-style annotation file.
+    """Open a folder of class folders, a COCO root or split, or a COCO-style annotation file.
 
     Args:
         path: a folder with one subfolder per class (images at any depth below); or a folder with `annotations/` (its only
-            instances_*.json is taken); or such a .json file.
+            instances_*.json is taken); or a split's folder beside that; or such a .json file.
         images: where an annotation file's images lie; by default the split's folder of COCO's layout, an `images` folder beside the
             file, or the file's own folder.
     Raises:
@@ -71,6 +71,9 @@ def open_labelled(path: Path, *, images: Path | None = None) -> LabelledObjects:
         raise DataError(f"{path}: no such file or folder; give a folder with one subfolder per class, or a COCO-style annotation file")
     if path.is_file():
         return _from_coco(path, images or _images_beside(path))
+    beside = path.resolve().parent / "annotations" / f"instances_{path.resolve().name}.json"
+    if beside.is_file():
+        return _from_coco(beside, images or path)
     if (path / "annotations").is_dir() or (path / "annotations.json").is_file():
         found = sorted(path.glob("annotations/instances_*.json")) + sorted(path.glob("annotations.json"))
         if len(found) != 1:

@@ -44,10 +44,10 @@ def test_a_folder_of_class_folders(tmp_path: Path) -> None:
     assert objects.boxes is None
 
 
-@pytest.mark.parametrize("how", ["file", "root"])
+@pytest.mark.parametrize("how", ["file", "root", "split"])
 def test_coco_boxes_without_crowds_slivers_and_absent_images(tmp_path: Path, how: str) -> None:
     file = _coco(tmp_path)
-    objects = open_labelled(file if how == "file" else tmp_path)
+    objects = open_labelled({"file": file, "root": tmp_path, "split": tmp_path / "val"}[how])
     assert objects.classes == ("cat", "dog")
     assert len(objects) == 6
     assert objects.boxes is not None
