@@ -79,7 +79,9 @@ def command(
             exact_limit=exact_limit or EXACT_LIMIT,
             share=_share(ranks),
         )
-        if device == "auto" and ranks.device.type == "cpu" and ranks.is_main:
+        if not ranks.is_main:
+            log.setLevel("WARNING")
+        if device == "auto" and ranks.device.type == "cpu":
             log.info("no GPU here: mining on the CPU")
         stage.run(steps)
     if ranks.is_main:
@@ -104,10 +106,9 @@ def _parse(arguments: tuple[str, ...]) -> tuple[str | None, Path | None]:
     """The step and the shards, either of which may be left out."""
     step = arguments[0] if arguments and arguments[0] in STEPS else None
     rest = arguments[1:] if step else arguments
-    if len(rest) > 1:
-        near = difflib.get_close_matches(rest[0], STEPS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"steps are {', '.join(STEPS)}"
-        raise click.UsageError(f"{rest[0]!r} is no step; {hint}")
+    near = [] if step or not rest or Path(rest[0]).exists() else difflib.get_close_matches(rest[0], STEPS, n=1)
+    if near or len(rest) > 1:
+        raise click.UsageError(f"{rest[0]!r} is no step; " + (f"did you mean {near[0]!r}?" if near else f"steps are {', '.join(STEPS)}"))
     return step, Path(rest[0]) if rest else None
 
 

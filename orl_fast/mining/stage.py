@@ -10,7 +10,7 @@ made from the same images and the same checkpoint.
 import fcntl
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -300,12 +300,23 @@ class Stage:
         if self.share.rank > 0:
             yield
             return
-        with log_to_file(self.folder / "mine.log"), (self.folder / "mine.log").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DataError(f"{self.folder}: another orl-fast mine is writing here; wait for it to end") from error
-            yield
+        file = self.folder / "mine.log"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be written ({error.strerror}); choose another folder with --out") from error
+        try:
+            with log_to_file(file), file.open("a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise DataError(f"{self.folder}: another orl-fast mine is writing here; wait for it to end") from error
+                yield
+        finally:
+            if file.exists() and file.stat().st_size == 0:  # refused before anything was done: leave no trace
+                file.unlink()
+                with suppress(OSError):
+                    self.folder.rmdir()
 
     @contextmanager
     def _feature_writer(self, folder: Path, advance: Advance) -> Iterator[FeatureWriter]:
