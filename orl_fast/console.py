@@ -47,13 +47,8 @@ def log_to_file(path: Path) -> Iterator[None]:
 
 
 class _RateColumn(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
-
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.1f} {self._unit}/s" if speed else f"- {self._unit}/s", style="cyan")
+        return Text(f"{task.finished_speed or task.speed or 0:,.1f} {task.fields['unit']}/s", style="cyan")
 
 
 @contextmanager
@@ -62,46 +57,40 @@ def progress(description: str, *, total: int, unit: str, done: int = 0) -> Itera
 
     On a terminal a bar; elsewhere (logs, CI) one line every 15 s. A job that resumes passes what is `done` already.
     """
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            _RateColumn(unit),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=console, speed_estimate_period=60) as bar:
-            task = bar.add_task(description, total=total, completed=done, note="")
+    if not console.is_terminal:
+        yield _lines(description, total=total, unit=unit, done=done)
+        return
+    note_column = TextColumn("{task.fields[note]}")
+    columns = ("{task.description}", BarColumn(bar_width=28), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn(), note_column)
+    with Progress(*columns, console=console, speed_estimate_period=60) as bar:
+        task = bar.add_task(description, total=total, completed=done, unit=unit, note="")
 
-            def advance(count: int = 1, note: str | None = None) -> None:
-                bar.advance(task, count)
-                if note is not None:
-                    bar.update(task, note=note)
+        def advance(count: int = 1, note: str | None = None) -> None:
+            bar.advance(task, count)
+            if note is not None:
+                bar.update(task, note=note)
 
-            yield advance
-    else:
-        yield _PlainProgress(description, total=total, unit=unit, done=done)
+        yield advance
 
 
-class _PlainProgress:
-    """A line now and then, for output that is no terminal."""
+def _lines(description: str, *, total: int, unit: str, done: int) -> Callable[..., None]:
+    """Log a line now and then, for output that is no terminal."""
+    start_s = told_s = time.monotonic()
+    now_done = done
 
-    def __init__(self, description: str, *, total: int, unit: str, done: int) -> None:
-        self._description, self._total, self._unit = description, total, unit
-        self._done = self._start_done = done
-        self._start_s = self._told_s = time.monotonic()
-
-    def __call__(self, count: int = 1, note: str | None = None) -> None:
-        self._done += count
+    def advance(count: int = 1, note: str | None = None) -> None:
+        nonlocal told_s, now_done
+        now_done += count
         now_s = time.monotonic()
-        if now_s - self._told_s < _PLAIN_EVERY_S:
+        if now_s - told_s < _PLAIN_EVERY_S:
             return
-        self._told_s = now_s
-        rate = (self._done - self._start_done) / (now_s - self._start_s)
-        left = f"{human_time((self._total - self._done) / rate)} left" if rate > 0 else ""
+        told_s = now_s
+        rate = (now_done - done) / (now_s - start_s)
+        left = f", {human_time((total - now_done) / rate)} left" if rate > 0 else ""
         tail = f"; {note}" if note else ""
-        log.info("%s: %d of %d, %.1f %s/s, %s%s", self._description, self._done, self._total, rate, self._unit, left, tail)
+        log.info("%s: %d of %d, %.1f %s/s%s%s", description, now_done, total, rate, unit, left, tail)
+
+    return advance
 
 
 class MetricsFile:
@@ -120,9 +109,8 @@ class MetricsFile:
 
 def human_time(seconds: float) -> str:
     """'3 h 05 min' for people."""
-    seconds = max(0.0, seconds)
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{max(0.0, seconds):.0f} s"
     minutes = round(seconds / 60)
     if minutes < 100:
         return f"{minutes} min"

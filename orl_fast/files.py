@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.errors import DataError
-
-_TEMPORARY = ".partial"
 
 
 @contextmanager
@@ -24,42 +22,44 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         DataError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f"{path.name}{_TEMPORARY}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _explained(error, path) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _temporary(path) as temporary, temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `path` when the block ends well; leftovers of a killed run are removed first."""
-    temporary = path.with_name(f"{path.name}{_TEMPORARY}")
-    try:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
+    """Yield a folder that replaces `path` when the block ends well; raises as `atomic_file`."""
+    with _temporary(path) as temporary:
+        _remove(temporary)  # left by a killed run
+        temporary.mkdir()
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        _remove(path)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _explained(error, path) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        _remove(temporary)
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            message = "the disk is full; free some space and run the same command again, it goes on where it stopped"
+            raise DataError(f"{path}: {message}") from error
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise DataError(f"{path}: cannot be written ({os.strerror(code)}); choose another folder") from error
         raise
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,19 +84,16 @@ def sync_folder(path: Path) -> None:
 
 
 def require_free_space(path: Path, *, num_bytes: int, purpose: str) -> None:
-    """Refuse work that will not fit on the disk of `path` (whose nearest existing parent is asked).
+    """Refuse work that will not fit on the disk of `path`, which need not exist yet.
 
     Raises:
         DataError: fewer than `num_bytes` plus 2 % are free.
     """
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
     if free < num_bytes * 1.02:
-        raise DataError(
-            f"{path}: {purpose} takes {human_bytes(num_bytes)}, {human_bytes(free)} are free; free some space or choose another folder"
-        )
+        needs = f"{purpose} takes {human_bytes(num_bytes)}, {human_bytes(free)} are free"
+        raise DataError(f"{path}: {needs}; free some space or choose another folder")
 
 
 def human_bytes(num_bytes: float) -> str:
@@ -106,11 +103,3 @@ def human_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} TB"
-
-
-def _explained(error: OSError, path: Path) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DataError(f"{path}: the disk is full; free some space and run the same command again, it goes on where it stopped")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-        return DataError(f"{path}: cannot be written ({error.strerror}); choose another folder")
-    return error
