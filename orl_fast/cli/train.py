@@ -24,6 +24,9 @@ CHECKPOINT, RECIPE = "checkpoint.pt", "recipe.toml"
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Run folder [default: runs/NAME/METHOD].")
 @click.option("--mined", type=click.Path(path_type=Path, file_okay=False), help="Tables of orl-fast mine [default: SHARDS/mined].")
+@click.option(
+    "--max-steps", type=click.IntRange(min=1), help="Stop, and save, once so many steps are done in all; schedules do not change."
+)
 @click.option("--restart", is_flag=True, help="Forget the run folder's earlier run instead of going on with it.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--renderer", type=click.Choice(RENDERERS), help="Who renders the views; short for --set loader.renderer=NAME.")
@@ -35,6 +38,7 @@ def command(
     overrides: tuple[str, ...],
     out: Path | None,
     mined: Path | None,
+    max_steps: int | None,
     restart: bool,
     device: "DeviceChoice",
     renderer: str | None,
@@ -71,12 +75,12 @@ def command(
         tables = open_mined(index, mined, config) if method == "orl" else None
         if ranks.device.type == "cpu" and device == "auto":
             say("no GPU here: training on the CPU")
-        outcome = train(method, config, index=index, folder=folder, mined=tables, ranks=ranks, restart=restart)
+        outcome = train(method, config, index=index, folder=folder, mined=tables, ranks=ranks, restart=restart, max_steps=max_steps)
     if not ranks.is_main:
         sys.exit(128 + outcome.signum if outcome.signum else 0)
-    if outcome.signum:
+    if outcome.step < outcome.num_steps:
         click.echo(f"Stopped after step {outcome.step} of {outcome.num_steps}, saved in {folder}; run the same command again to go on.")
-        sys.exit(128 + outcome.signum)
+        sys.exit(128 + outcome.signum if outcome.signum else 0)
     already = "was finished before" if outcome.first_step == outcome.num_steps else "is finished"
     following = f"orl-fast mine {shards}" if method == "byol" else f"orl-fast eval probe {folder / CHECKPOINT} FOLDER"
     click.echo(f"{method} {already}: {outcome.num_steps} steps, {folder / CHECKPOINT}. Next: {following}")

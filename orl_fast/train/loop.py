@@ -41,7 +41,15 @@ class Outcome:
 
 
 def train(
-    method: str, config: Config, *, index: ShardIndex, folder: Path, mined: Mined | None = None, ranks: Ranks, restart: bool = False
+    method: str,
+    config: Config,
+    *,
+    index: ShardIndex,
+    folder: Path,
+    mined: Mined | None = None,
+    ranks: Ranks,
+    restart: bool = False,
+    max_steps: int | None = None,
 ) -> Outcome:
     """Train from scratch, or go on where an earlier call was stopped. SIGINT and SIGTERM finish the step and save.
 
@@ -50,6 +58,7 @@ def train(
         folder: the run folder: checkpoint.pt, metrics.jsonl, tensorboard/, train.log, recipe.toml.
         mined: the tables of stage 2, for methods that draw from them.
         restart: forget what the folder holds of an earlier run.
+        max_steps: stop, and save, once so many steps are done in all; another call goes on.
     Raises:
         ConfigError: the batch does not fit the ranks or the data. StaleError: the folder holds another run.
         DataError: a damaged checkpoint, a full disk, or a loss that is no longer finite.
@@ -68,8 +77,9 @@ def train(
     first_step = 0
     if checkpoint.exists() and not restart:
         first_step = restore_checkpoint(checkpoint, identity, model=train_step.method, optimizer=train_step.optimizer)
-    if first_step == num_steps:
-        return Outcome(first_step=first_step, step=num_steps, num_steps=num_steps)
+    last_step = num_steps if max_steps is None else min(max_steps, num_steps)
+    if first_step >= last_step:
+        return Outcome(first_step=first_step, step=first_step, num_steps=num_steps)
     train_step.connect()
 
     with contextlib.ExitStack() as stack:
@@ -95,7 +105,7 @@ def train(
                 device=ranks.device,
                 num_threads=ranks.num_threads,
                 start_step=first_step,
-                num_steps=num_steps - first_step,
+                num_steps=last_step - first_step,
             )
         )
         stop = stack.enter_context(_stop_signals())
@@ -103,7 +113,7 @@ def train(
         batches = on_device(loader, ranks.device, clock=meter.clock)
         note: str | None = None
 
-        for step in range(first_step, num_steps):
+        for step in range(first_step, last_step):
             rate = learning_rate(
                 step,
                 base_lr=base_learning_rate(config),
@@ -118,7 +128,7 @@ def train(
             done = step + 1
             epoch, within = divmod(done, sampler.steps_per_epoch)
             stopping = agreement.any(bool(stop))
-            saving = stopping or done == num_steps or (not within and epoch % options.checkpoint_every_epochs == 0)
+            saving = stopping or done == last_step or (not within and epoch % options.checkpoint_every_epochs == 0)
             keeping = not within and options.keep_every_epochs > 0 and epoch % options.keep_every_epochs == 0
             if saving or keeping or done % options.log_every_steps == 0:
                 record = meter.read()  # raises before a state that is not finite could be saved
@@ -131,9 +141,9 @@ def train(
                     save_checkpoint(path, identity, model=train_step.method, optimizer=train_step.optimizer, step=done)
             if saving or keeping:
                 meter.restart()  # saving is neither training nor waiting for data
-            if stopping and done < num_steps:
+            if stopping and done < last_step:
                 return Outcome(first_step=first_step, step=done, num_steps=num_steps, signum=stop[0] if stop else signal.SIGTERM)
-    return Outcome(first_step=first_step, step=num_steps, num_steps=num_steps)
+    return Outcome(first_step=first_step, step=last_step, num_steps=num_steps)
 
 
 def _prepare_folder(folder: Path, config: Config, *, restart: bool) -> None:

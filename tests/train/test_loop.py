@@ -29,9 +29,11 @@ def _config(*overrides: str, epochs: int = 4) -> Config:
     return small_config(*RUN, "mining.num_neighbors=3", f"epochs={epochs}", *overrides)
 
 
-def _train(index: ShardIndex, folder: Path, config: Config, *, mined: Path | None = None, restart: bool = False) -> Outcome:
-    tables = open_mined(index, mined, config) if mined else None
-    return train("orl" if mined else "byol", config, index=index, folder=folder, mined=tables, ranks=Ranks(), restart=restart)
+def _train(
+    index: ShardIndex, folder: Path, config: Config, *, mined: Path | None = None, restart: bool = False, max_steps: int | None = None
+) -> Outcome:
+    tables, method = open_mined(index, mined, config) if mined else None, "orl" if mined else "byol"
+    return train(method, config, index=index, folder=folder, mined=tables, ranks=Ranks(), restart=restart, max_steps=max_steps)
 
 
 class _StopAt:
@@ -75,6 +77,15 @@ def test_a_run_stopped_in_mid_epoch_goes_on_bit_for_bit(
     assert straight["step"] == 9
     assert (tmp_path / "straight" / "checkpoint.pt").read_bytes() == (tmp_path / "stopped" / "checkpoint.pt").read_bytes()
     assert _train(packed, tmp_path / "stopped", config, mined=mined) == Outcome(first_step=9, step=9, num_steps=9)
+
+
+def test_a_run_of_so_many_steps_is_the_first_part_of_the_whole(packed: ShardIndex, tmp_path: Path) -> None:
+    config = _config(epochs=3)
+    _train(packed, tmp_path / "straight", config)
+    assert _train(packed, tmp_path / "parts", config, max_steps=5) == Outcome(first_step=0, step=5, num_steps=9)
+    assert _train(packed, tmp_path / "parts", config, max_steps=5) == Outcome(first_step=5, step=5, num_steps=9)
+    assert _train(packed, tmp_path / "parts", config) == Outcome(first_step=5, step=9, num_steps=9)
+    assert (tmp_path / "straight" / "checkpoint.pt").read_bytes() == (tmp_path / "parts" / "checkpoint.pt").read_bytes()
 
 
 def test_a_killed_run_goes_on_bit_for_bit_and_logs_no_step_twice(packed: ShardIndex, tmp_path: Path) -> None:
