@@ -1,120 +1,92 @@
-"""What is drawn for a view, as numba kernels: pure functions of (seed, epoch, image, stream); see `orl_fast.philox`.
+"""What is drawn for a view: pure functions of (seed, epoch, image, stream); see `orl_fast.philox`.
 
 Every draw has its own index within its stream, so nothing that is drawn depends on what else is drawn.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import numba as nb
 import numpy as np
+from numpy.typing import NDArray
 
 from orl_fast.config import ViewsConfig
 from orl_fast.philox import uniform
 
-# Streams: one per view, one per choice. They are part of the results: changing a number changes every view.
+# Streams: one per view, one per choice. They, and the order of the draws, are part of the results: changing one changes every view.
 STREAMS = {"image": (1, 2), "intra": (3, 4), "inter": (5, 6)}  # of (first view, second view)
 NEIGHBOR_STREAM, PAIR_STREAM, ROI_STREAM, ROI_JITTER_STREAM = 16, 17, 18, 19
 _CROP_TRIES = 10
-# Indices within a view's stream: 0 … 21 are the crop's.
-_LEFT, _TOP, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _ORDER = 20, 21, 22, 23, 24, 25, 26, 27, 28  # order: 28 … 30
-_GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 31, 32, 33, 34
+_LEFT, _TOP, _AUGMENTATIONS = 20, 21, slice(22, 35)  # indices within a view's stream; those before are the crop's tries
 
 
-class Ranges(NamedTuple):
-    """Probabilities and [low, high] ranges of one view's augmentations."""
+def choices(seed: int, epoch: int, rows: NDArray[np.int64], stream: int, counts: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """[B]: one uniform choice among 0 … counts[b] - 1 per image."""
+    return np.asarray(_uniforms(seed, epoch, rows, np.full(len(rows), stream), 0, 1)[0] * counts, np.int64)
 
-    flip_prob: float
-    jitter_prob: float
-    brightness: tuple[float, float]
-    contrast: tuple[float, float]
-    saturation: tuple[float, float]
-    hue: tuple[float, float]
-    grayscale_prob: float
-    blur_prob: float
-    blur_sigma_px: tuple[float, float]
-    solarize_prob: float
 
-    @classmethod
-    def of(cls, views: ViewsConfig, view: int) -> "Ranges":
-        """The ranges of the first (0) or second (1) view."""
-        around_1 = [(max(0.0, 1.0 - v), 1.0 + v) for v in (views.brightness, views.contrast, views.saturation)]
-        return cls(
-            flip_prob=views.flip_prob,
-            jitter_prob=views.jitter_prob,
-            brightness=around_1[0],
-            contrast=around_1[1],
-            saturation=around_1[2],
-            hue=(-views.hue, views.hue),
-            grayscale_prob=views.grayscale_prob,
-            blur_prob=views.blur_prob[view],
-            blur_sigma_px=views.blur_sigma_px,
-            solarize_prob=views.solarize_prob[view],
-        )
+def augmentations(
+    seed: int, epoch: int, rows: NDArray[np.int64], streams: NDArray[np.int64], second: NDArray[np.int64], views: ViewsConfig
+) -> dict[str, NDArray[Any]]:
+    """Flips, color changes, blurs and so on of M views, drawn as torchvision draws them; names and shapes as in `Crops`.
+
+    Args:
+        rows, streams: [M], the image and the stream of each.
+        second: [M], 0 for a first view, 1 for a second.
+    """
+    draws = _uniforms(seed, epoch, rows, streams, _AUGMENTATIONS.start, _AUGMENTATIONS.stop)
+    flip, jitter, brightness, contrast, saturation, hue, *swaps, grayscale, blur, sigma, solarize = draws
+    jittered = jitter < views.jitter_prob
+    strengths = np.array([views.brightness, views.contrast, views.saturation])
+    factors = _between(np.stack([brightness, contrast, saturation], axis=1), np.maximum(0, 1 - strengths), 1 + strengths)
+    order, each = np.tile(np.arange(4, dtype=np.uint8), (len(rows), 1)), np.arange(len(rows))
+    for i, swap in zip((3, 2, 1), swaps, strict=True):  # Fisher and Yates
+        j = np.where(jittered, swap * (i + 1), i).astype(np.int64)
+        order[each, i], order[each, j] = order[each, j], order[each, i]
+    blurred = blur < np.array(views.blur_prob)[second]
+    return {
+        "flip": flip < views.flip_prob,
+        "order": order,
+        "factors": np.where(jittered[:, None], factors, 1).astype(np.float32),
+        "hue": np.where(jittered, _between(hue, -views.hue, views.hue), 0).astype(np.float32),
+        "grayscale": grayscale < views.grayscale_prob,
+        "blur_sigma": np.where(blurred, _between(sigma, *views.blur_sigma_px), 0).astype(np.float32),
+        "solarize": solarize < np.array(views.solarize_prob)[second],
+    }
+
+
+def _between(draws: NDArray[np.float64], low: Any, high: Any) -> NDArray[np.float64]:
+    return np.asarray(low + draws * (high - low))
 
 
 @nb.njit(cache=True, nogil=True)
-def choices(seed, epoch, rows, stream, counts):  # type: ignore[no-untyped-def]
-    """[B] int64: one uniform choice among 0 … counts[b] - 1 per image."""
-    out = np.empty(len(rows), np.int64)
-    for b in range(len(rows)):
-        out[b] = np.int64(uniform(seed, epoch, rows[b], stream, 0) * counts[b])
+def _uniforms(seed, epoch, rows, streams, start, stop):  # type: ignore[no-untyped-def]
+    """[stop - start, M]: the draws from index `start` on, for each row and its stream."""
+    out = np.empty((stop - start, len(rows)))
+    for m in range(len(rows)):
+        for index in range(start, stop):
+            out[index - start, m] = uniform(seed, epoch, rows[m], streams[m], index)
     return out
 
 
 @nb.njit(cache=True, nogil=True)
-def random_resized_crops(seed, epoch, rows, stream, heights, widths, area, aspect, boxes):  # type: ignore[no-untyped-def]
-    """Fill boxes [B, 4] as torchvision's RandomResizedCrop does: ten tries, log-uniform aspect, else the central crop."""
+def random_resized_crops(seed, epoch, rows, stream, heights, widths, area, aspect):  # type: ignore[no-untyped-def]
+    """[B, 4] float32 boxes as torchvision's RandomResizedCrop draws them: ten tries, log-uniform aspect, else the central crop."""
     log_low, log_high = np.log(aspect[0]), np.log(aspect[1])
+    boxes = np.empty((len(rows), 4), np.float32)
     for b in range(len(rows)):
-        height, width = heights[b], widths[b]
-        w, h, left, top = 0, 0, 0, 0
-        found = False
+        row, height, width = rows[b], int(heights[b]), int(widths[b])
         for attempt in range(_CROP_TRIES):
-            u = uniform(seed, epoch, rows[b], stream, 2 * attempt)
-            v = uniform(seed, epoch, rows[b], stream, 2 * attempt + 1)
+            u, v = uniform(seed, epoch, row, stream, 2 * attempt), uniform(seed, epoch, row, stream, 2 * attempt + 1)
             target = height * width * (area[0] + u * (area[1] - area[0]))
             ratio = np.exp(log_low + v * (log_high - log_low))
             w, h = int(np.rint(np.sqrt(target * ratio))), int(np.rint(np.sqrt(target / ratio)))
             if 0 < w <= width and 0 < h <= height:
-                left = int(uniform(seed, epoch, rows[b], stream, _LEFT) * (width - w + 1))
-                top = int(uniform(seed, epoch, rows[b], stream, _TOP) * (height - h + 1))
-                found = True
+                left = int(uniform(seed, epoch, row, stream, _LEFT) * (width - w + 1))
+                top = int(uniform(seed, epoch, row, stream, _TOP) * (height - h + 1))
                 break
-        if not found:
-            w, h = int(width), int(height)
-            if width / height < aspect[0]:
-                h = int(np.rint(w / aspect[0]))
-            elif width / height > aspect[1]:
-                w = int(np.rint(h * aspect[1]))
+        else:
+            w = min(width, int(np.rint(height * aspect[1])))
+            h = min(height, int(np.rint(width / aspect[0])))
             left, top = (width - w) // 2, (height - h) // 2
         boxes[b, 0], boxes[b, 1], boxes[b, 2], boxes[b, 3] = left, top, left + w, top + h
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _between(seed, epoch, row, stream, index, limits):  # type: ignore[no-untyped-def]
-    return limits[0] + uniform(seed, epoch, row, stream, index) * (limits[1] - limits[0])
-
-
-@nb.njit(cache=True, nogil=True)
-def augmentations(seed, epoch, rows, stream, ranges, flip, order, factors, hue, grayscale, sigma, solarize):  # type: ignore[no-untyped-def]
-    """Fill one view's flips, color factors [B, 3] (brightness, contrast, saturation) and so on, as torchvision draws them."""
-    for b in range(len(rows)):
-        row = rows[b]
-        flip[b] = uniform(seed, epoch, row, stream, _FLIP) < ranges.flip_prob
-        for i in range(4):
-            order[b, i] = i
-        factors[b, :] = 1.0
-        hue[b] = 0.0
-        if uniform(seed, epoch, row, stream, _JITTER) < ranges.jitter_prob:
-            factors[b, 0] = _between(seed, epoch, row, stream, _BRIGHTNESS, ranges.brightness)
-            factors[b, 1] = _between(seed, epoch, row, stream, _CONTRAST, ranges.contrast)
-            factors[b, 2] = _between(seed, epoch, row, stream, _SATURATION, ranges.saturation)
-            hue[b] = _between(seed, epoch, row, stream, _HUE, ranges.hue)
-            for i in range(3, 0, -1):  # Fisher and Yates
-                j = int(uniform(seed, epoch, row, stream, _ORDER + 3 - i) * (i + 1))
-                order[b, i], order[b, j] = order[b, j], order[b, i]
-        grayscale[b] = uniform(seed, epoch, row, stream, _GRAYSCALE) < ranges.grayscale_prob
-        sigma[b] = 0.0
-        if uniform(seed, epoch, row, stream, _BLUR) < ranges.blur_prob:
-            sigma[b] = _between(seed, epoch, row, stream, _SIGMA, ranges.blur_sigma_px)
-        solarize[b] = uniform(seed, epoch, row, stream, _SOLARIZE) < ranges.solarize_prob
+    return boxes

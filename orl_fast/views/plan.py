@@ -6,7 +6,7 @@ by any rank or thread, and two renderers can be compared on the same views.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from orl_fast.views import draw
 Rows = NDArray[np.int64]
 TERMS = ("image", "intra", "inter")
 PATCH_SIDE_PX = 128  # of stored partner patches
+_Boxes = dict[tuple[str, int], tuple[Rows, NDArray[Any]]]  # by term and view, where to read: source [B], box [B, 4]
 
 
 class Slot(NamedTuple):
@@ -93,9 +94,7 @@ class ViewPlan:
     beyond_box: bool = False
 
 
-def draw_byol(
-    rows: Rows, *, seed: int, epoch: int, heights: NDArray[np.int32], widths: NDArray[np.int32], views: ViewsConfig
-) -> ViewPlan:
+def draw_byol(rows: Rows, *, seed: int, epoch: int, heights: NDArray[np.int32], widths: NDArray[np.int32], views: ViewsConfig) -> ViewPlan:
     """Two random resized crops of each image (paper, appendix A; BYOL's augmentations).
 
     Args:
@@ -122,43 +121,38 @@ def draw_orl(
     """Image, intra-RoI and inter-RoI views (paper, section 3.3): a uniform neighbor, one of its pairs, one own RoI.
 
     Args:
-        rows: [B] int64.
-        heights, widths: [N] int32, pixels of all images.
+        rows … views: as for `draw_byol`.
         pairs: already limited to the neighbors and the ratio in use (`PairTable.limited`).
         terms: what is drawn; leaving a term out does not change the others.
         patch_rows: [P] int64, sorted: the RoIs (rows of rois.boxes) of which a patch is stored; partners are read from there.
     """
-    boxes: dict[tuple[str, int], tuple[Rows, NDArray[np.float32]]] = {}
+    boxes: _Boxes = {}
+    first = rois.offsets[rows]
     if "image" in terms:
         boxes |= _image_boxes(rows, seed, epoch, heights, widths, views)
     if "intra" in terms:
-        first = rois.offsets[rows]
         own = rois.boxes[first + draw.choices(seed, epoch, rows, draw.ROI_STREAM, rois.offsets[rows + 1] - first)]
         sizes = np.stack([heights[rows], widths[rows]], axis=1).astype(np.int64)
         streams = np.full(len(rows), draw.ROI_JITTER_STREAM, np.int64)
         moved = jitter_boxes(own, sizes=sizes, seed=seed, epoch=epoch, images=rows, streams=streams, views=views, compat=compat)
-        boxes["intra", 0], boxes["intra", 1] = (rows, own.astype(np.float32)), (rows, moved.astype(np.float32))
+        boxes |= {("intra", 0): (rows, own), ("intra", 1): (rows, moved)}
     if "inter" in terms:
-        counts = np.full(len(rows), pairs.neighbors.shape[1], np.int64)
-        k = draw.choices(seed, epoch, rows, draw.NEIGHBOR_STREAM, counts)
-        neighbor, count = pairs.neighbors[rows, k], pairs.count[rows, k].astype(np.int64)
-        pair = pairs.first[rows, k] + draw.choices(seed, epoch, rows, draw.PAIR_STREAM, count)
-        query = rois.boxes[rois.offsets[rows] + pairs.query_roi[pair]].astype(np.float32)
+        k = draw.choices(seed, epoch, rows, draw.NEIGHBOR_STREAM, np.full(len(rows), pairs.neighbors.shape[1]))
+        neighbor = pairs.neighbors[rows, k]
+        pair = pairs.first[rows, k] + draw.choices(seed, epoch, rows, draw.PAIR_STREAM, pairs.count[rows, k])
         partner_row = rois.offsets[neighbor] + pairs.partner_roi[pair]
-        boxes["inter", 0] = rows, query
+        boxes["inter", 0] = rows, rois.boxes[first + pairs.query_roi[pair]]
         boxes["inter", 1] = _partner_boxes(neighbor, partner_row, rois, patch_rows, num_images=len(heights))
     return _plan(rows, boxes, seed=seed, epoch=epoch, views=views)
 
 
 def center_crops(rows: Rows, *, heights: NDArray[np.int32], widths: NDArray[np.int32], resize_px: int, crop_px: int) -> ViewPlan:
     """Resize the shorter side to `resize_px`, then the central `crop_px` square, without augmentation (torchvision's evaluation views)."""
-    height, width = heights[rows].astype(np.int64), widths[rows].astype(np.int64)
-    short = np.minimum(height, width)
-    resized = np.stack([resize_px * width // short, resize_px * height // short], axis=1)  # [B, 2]: width, height
+    sides = np.stack([widths[rows], heights[rows]], axis=1).astype(np.int64)  # [B, 2]
+    resized = resize_px * sides // sides.min(axis=1, keepdims=True)
     start = np.rint((resized - crop_px) / 2)
-    scale = np.stack([width, height], axis=1) / resized
-    box = np.concatenate([start * scale, (start + crop_px) * scale], axis=1).astype(np.float32)
-    return ViewPlan(rows=rows, slots=(Slot("image", 0, crop_px),), crops=Crops.plain(rows, box), beyond_box=True)
+    box = np.concatenate([start, start + crop_px], axis=1) * np.tile(sides / resized, 2)
+    return ViewPlan(rows=rows, slots=(Slot("image", 0, crop_px),), crops=Crops.plain(rows, box.astype(np.float32)), beyond_box=True)
 
 
 def roi_crops(rows: Rows, boxes: NDArray[np.int16] | NDArray[np.float32], *, size_px: int) -> ViewPlan:
@@ -166,42 +160,31 @@ def roi_crops(rows: Rows, boxes: NDArray[np.int16] | NDArray[np.float32], *, siz
     return ViewPlan(rows=rows, slots=(Slot("image", 0, size_px),), crops=Crops.plain(rows, np.asarray(boxes, np.float32)))
 
 
-def _image_boxes(
-    rows: Rows, seed: int, epoch: int, heights: NDArray[np.int32], widths: NDArray[np.int32], views: ViewsConfig
-) -> dict[tuple[str, int], tuple[Rows, NDArray[np.float32]]]:
-    boxes: dict[tuple[str, int], tuple[Rows, NDArray[np.float32]]] = {}
-    for view, stream in enumerate(draw.STREAMS["image"]):
-        box = np.empty((len(rows), 4), np.float32)
-        draw.random_resized_crops(seed, epoch, rows, stream, heights[rows], widths[rows], views.crop_area, views.crop_aspect, box)
-        boxes["image", view] = rows, box
-    return boxes
+def _image_boxes(rows: Rows, seed: int, epoch: int, heights: NDArray[np.int32], widths: NDArray[np.int32], views: ViewsConfig) -> _Boxes:
+    ranges = views.crop_area, views.crop_aspect
+    return {
+        ("image", view): (rows, draw.random_resized_crops(seed, epoch, rows, stream, heights[rows], widths[rows], *ranges))
+        for view, stream in enumerate(draw.STREAMS["image"])
+    }
 
 
 def _partner_boxes(
     neighbor: Rows, roi_row: Rows, rois: RoiTable, patch_rows: NDArray[np.int64] | None, *, num_images: int
-) -> tuple[Rows, NDArray[np.float32]]:
+) -> tuple[Rows, NDArray[Any]]:
     """Where to read the partner RoIs: in the neighbor, or in a stored patch."""
-    box = rois.boxes[roi_row].astype(np.float32)
+    box = rois.boxes[roi_row]
     if patch_rows is None or not len(patch_rows):
         return neighbor, box
     patch = np.minimum(np.searchsorted(patch_rows, roi_row), len(patch_rows) - 1)
     stored = patch_rows[patch] == roi_row
-    whole = np.array([0, 0, PATCH_SIDE_PX, PATCH_SIDE_PX], np.float32)
-    return np.where(stored, num_images + patch, neighbor), np.where(stored[:, None], whole, box)
+    return np.where(stored, num_images + patch, neighbor), np.where(stored[:, None], [0, 0, PATCH_SIDE_PX, PATCH_SIDE_PX], box)
 
 
-def _plan(
-    rows: Rows, boxes: dict[tuple[str, int], tuple[Rows, NDArray[np.float32]]], *, seed: int, epoch: int, views: ViewsConfig
-) -> ViewPlan:
-    """Draw the augmentations of every view and join the views slot by slot."""
+def _plan(rows: Rows, boxes: _Boxes, *, seed: int, epoch: int, views: ViewsConfig) -> ViewPlan:
+    """Draw the augmentations of all views, joined slot by slot."""
     slots = tuple(Slot(term, view, views.image_size_px if term == "image" else views.patch_size_px) for term, view in boxes)
     source, box = (np.concatenate(parts) for parts in zip(*boxes.values(), strict=True))
-    crops = Crops.plain(source, box)
-    for v, (term, view, _) in enumerate(slots):
-        part = slice(v * len(rows), (v + 1) * len(rows))
-        ranges = draw.Ranges.of(views, view)
-        draw.augmentations(
-            seed, epoch, rows, draw.STREAMS[term][view], ranges, crops.flip[part], crops.order[part], crops.factors[part], crops.hue[part],
-            crops.grayscale[part], crops.blur_sigma[part], crops.solarize[part],
-        )  # fmt: skip
-    return ViewPlan(rows=rows, slots=slots, crops=crops)
+    streams = np.repeat([draw.STREAMS[term][view] for term, view in boxes], len(rows))
+    second = np.repeat([view for _, view in boxes], len(rows))
+    drawn = draw.augmentations(seed, epoch, np.tile(rows, len(slots)), streams, second, views)
+    return ViewPlan(rows=rows, slots=slots, crops=Crops(source=source, box=box.astype(np.float32), **drawn))
