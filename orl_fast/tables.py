@@ -1,16 +1,16 @@
 """The mined tables: memory-mapped arrays, one folder each, that know what they were made from.
 
-A table folder holds `table.json` and its arrays as .npy. Row i is image i of the shard index. CSR tables hold image i's
-entries in `values[offsets[i] : offsets[i + 1]]`. The fingerprint digests the kind, the settings and the fingerprints of the inputs; since
-every stage is deterministic, equal fingerprints mean equal content, and a table whose inputs have changed is refused.
+A table folder holds `table.json` and its arrays as .npy. Row i is image i of the shard index. The fingerprint digests the kind, the
+settings and the fingerprints of the inputs; since every stage is deterministic, equal fingerprints mean equal content, and a table whose
+inputs have changed is refused.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,8 @@ def new_table(path: Path, info: TableInfo) -> Iterator[Path]:
 
 def write_info(folder: Path, info: TableInfo) -> None:
     """Write table.json, last of all, into a folder that holds the table's arrays."""
-    about = {"kind": info.kind, "fingerprint": info.fingerprint, "made_from": dict(info.made_from), "settings": dict(info.settings)}
-    write_json(folder / "table.json", {"format": FORMAT_VERSION, **about})
+    about = {"format": FORMAT_VERSION, "kind": info.kind, "fingerprint": info.fingerprint}
+    write_json(folder / "table.json", about | {"made_from": dict(info.made_from), "settings": dict(info.settings)})
 
 
 def table_info(path: Path) -> TableInfo | None:
@@ -78,8 +78,7 @@ def open_info(path: Path, kind: str, *, made_from: Mapping[str, str], remedy: st
     """The info of a table that must be there, of this kind, and made from these inputs.
 
     Args:
-        made_from: the fingerprints it must carry; inputs not named are not compared.
-        remedy: the command that makes it.
+        made_from: the fingerprints to compare. remedy: the command that makes the table.
     Raises:
         MissingStageError: no such table. StaleError: made from other inputs. DataError: damaged.
     """
@@ -111,7 +110,26 @@ def open_array(folder: Path, name: str) -> NDArray[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NeighborTable:
+class _Table:
+    """A table whose fields are its arrays: one file each, under the field's name."""
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        return cls(**{field.name: open_array(path, field.name) for field in fields(cls)})
+
+    def write_arrays(self, folder: Path) -> None:
+        """Write the arrays into the folder that `new_table` gave."""
+        for field in fields(self):
+            np.save(folder / f"{field.name}.npy", getattr(self, field.name))
+
+    def save(self, path: Path, info: TableInfo) -> None:
+        """Write the table; atomic."""
+        with new_table(path, info) as folder:
+            self.write_arrays(folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborTable(_Table):
     """The K nearest other images of each image, best first.
 
     Attributes:
@@ -122,19 +140,9 @@ class NeighborTable:
     neighbors: NDArray[np.int64]
     similarities: NDArray[np.float32]
 
-    @classmethod
-    def open(cls, path: Path) -> "NeighborTable":
-        return cls(neighbors=open_array(path, "neighbors"), similarities=open_array(path, "similarities"))
-
-    def save(self, path: Path, info: TableInfo) -> None:
-        """Write the table; atomic."""
-        with new_table(path, info) as folder:
-            np.save(folder / "neighbors.npy", self.neighbors)
-            np.save(folder / "similarities.npy", self.similarities)
-
 
 @dataclass(frozen=True, kw_only=True)
-class BoxTable:
+class BoxTable(_Table):
     """Boxes of each image, in order: raw proposals, or the RoIs kept of them.
 
     Attributes:
@@ -162,23 +170,18 @@ class BoxTable:
         return np.diff(self.offsets)
 
     @classmethod
-    def open(cls, path: Path) -> "BoxTable":
-        return cls(offsets=open_array(path, "offsets"), boxes=open_array(path, "boxes"))
-
-    @classmethod
     def from_lists(cls, boxes: list[NDArray[np.int16]]) -> "BoxTable":
         """Join per-image [R, 4] arrays."""
         offsets = np.zeros(len(boxes) + 1, np.int64)
         np.cumsum([len(entry) for entry in boxes], out=offsets[1:])
-        joined = np.concatenate(boxes).astype(np.int16) if boxes else np.empty((0, 4), np.int16)
-        return cls(offsets=offsets, boxes=joined.reshape(-1, 4))
+        return cls(offsets=offsets, boxes=np.concatenate([np.empty((0, 4), np.int16), *boxes], dtype=np.int16, casting="unsafe"))
 
 
 RoiTable = BoxTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairTable:
+class PairTable(_Table):
     """Corresponding RoIs of each image and each of its neighbors, best first.
 
     A pair is two RoI numbers, counted within their images. Entry (i, k) owns the rows first[i, k] … first[i, k] + count[i, k] - 1.
@@ -197,18 +200,6 @@ class PairTable:
     partner_roi: NDArray[np.int16]
     similarities: NDArray[np.float32]
 
-    _ARRAYS = ("neighbors", "first", "count", "query_roi", "partner_roi", "similarities")
-
-    @classmethod
-    def open(cls, path: Path) -> "PairTable":
-        arrays = {name: open_array(path, name) for name in cls._ARRAYS}
-        return cls(**arrays)
-
-    def write_arrays(self, folder: Path) -> None:
-        """Write the arrays into the folder that `new_table` gave."""
-        for name in self._ARRAYS:
-            np.save(folder / f"{name}.npy", getattr(self, name))
-
     def limited(self, rois: RoiTable, *, num_neighbors: int, pair_ratio: float, compat: Compat = "official") -> "PairTable":
         """The table that fewer neighbors and a smaller pair ratio would have given: prefixes of this one.
 
@@ -217,20 +208,12 @@ class PairTable:
         """
         found = self.neighbors.shape[1]
         if num_neighbors > found:
-            raise StaleError(
-                f"pairs: mined with {found} neighbors, {num_neighbors} are asked for; run orl-fast mine --neighbors {num_neighbors}"
-            )
-        neighbors = self.neighbors[:, :num_neighbors]
+            needs = f"mined with {found} neighbors, {num_neighbors} are asked for"
+            raise StaleError(f"pairs: {needs}; run orl-fast mine --neighbors {num_neighbors}")
+        neighbors, first = np.ascontiguousarray(self.neighbors[:, :num_neighbors]), np.ascontiguousarray(self.first[:, :num_neighbors])
         wanted = num_pairs(rois.counts[:, None], rois.counts[neighbors], pair_ratio=pair_ratio, compat=compat)
         count = np.minimum(self.count[:, :num_neighbors], wanted).astype(np.int32)
-        return PairTable(
-            neighbors=np.ascontiguousarray(neighbors),
-            first=np.ascontiguousarray(self.first[:, :num_neighbors]),
-            count=count,
-            query_roi=self.query_roi,
-            partner_roi=self.partner_roi,
-            similarities=self.similarities,
-        )
+        return replace(self, neighbors=neighbors, first=first, count=count)
 
 
 def num_pairs(num_query: Any, num_partner: Any, *, pair_ratio: float, compat: Compat) -> NDArray[np.int64]:
@@ -238,8 +221,7 @@ def num_pairs(num_query: Any, num_partner: Any, *, pair_ratio: float, compat: Co
 
     official: max(1, int(ratio * R)); paper (section 3.2): max(1, int(ratio * R * R')).
     """
-    query, partner = np.asarray(num_query, np.int64), np.asarray(num_partner, np.int64)
-    base = query * np.ones_like(partner) if compat == "official" else query * partner
-    wanted = np.maximum(1, (pair_ratio * base).astype(np.int64))
-    kept: NDArray[np.int64] = np.minimum(wanted, query * partner)
+    query, partner = np.broadcast_arrays(np.asarray(num_query, np.int64), num_partner)
+    base = query if compat == "official" else query * partner
+    kept: NDArray[np.int64] = np.clip((pair_ratio * base).astype(np.int64), 1, query * partner)
     return kept
