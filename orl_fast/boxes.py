@@ -34,10 +34,10 @@ def pairwise_iou(a: ArrayLike, b: ArrayLike) -> NDArray[Any]:
     first, second = _checked(a, "a"), _checked(b, "b")
     kind = np.float32 if first.dtype == second.dtype == np.float32 else np.float64
     left: NDArray[Any] = first.astype(kind)[:, None]  # [A, 1, 4]
-    right: NDArray[Any] = second.astype(kind)[None]  # [1, B, 4]
-    sides = np.minimum(left[..., 2:], right[..., 2:]) - np.maximum(left[..., :2], right[..., :2])  # [A, B, 2]
-    inter = np.maximum(0, sides[..., 0]) * np.maximum(0, sides[..., 1])
-    union = _areas(left) + _areas(right) - inter
+    right: NDArray[Any] = second.astype(kind)  # [B, 4]
+    sides = np.maximum(0, np.minimum(left[..., 2:], right[..., 2:]) - np.maximum(left[..., :2], right[..., :2]))  # [A, B, 2]
+    inter = sides.prod(axis=-1)
+    union = (left[..., 2:] - left[..., :2]).prod(axis=-1) + (right[..., 2:] - right[..., :2]).prod(axis=-1) - inter
     iou: NDArray[Any] = np.divide(inter, union, out=np.zeros_like(inter), where=union > 0)
     return iou
 
@@ -58,10 +58,10 @@ def nms(boxes: ArrayLike, scores: ArrayLike, iou_threshold: float) -> NDArray[np
     values = np.asarray(scores)
     if values.shape != rows.shape[:1]:
         raise ValueError(f"scores: shape {values.shape}, boxes has {len(rows)} rows; give one score per box")
-    order = (-values if values.dtype.kind == "f" else -values.astype(np.int64)).argsort(kind="stable")
-    if values.dtype.kind == "f" and len(order) and values[order[-1]] != values[order[-1]]:
-        num_nan = int(np.isnan(values).sum())  # NumPy sorts NaN last, torch first
-        order = np.concatenate([order[-num_nan:], order[:-num_nan]])
+    falling = -values if values.dtype.kind == "f" else -values.astype(np.int64)
+    order = falling.argsort(kind="stable")
+    if len(order) and falling[order[-1]] != falling[order[-1]]:  # NumPy sorts NaN last, torch first
+        order = np.roll(order, np.isnan(falling).sum())
     return _nms_kernel(rows, order, float(iou_threshold))  # type: ignore[no-any-return]
 
 
@@ -111,7 +111,7 @@ def filter_table(
         ValueError: heights or widths does not match the table, or max_rois < 1.
     """
     num_images = len(proposals)
-    if len(heights) != num_images or len(widths) != num_images:
+    if not len(heights) == len(widths) == num_images:
         raise ValueError(f"heights, widths: {len(heights)}, {len(widths)} entries; the table has {num_images} images")
     if max_rois < 1:
         raise ValueError(f"max_rois: {max_rois}; keep at least 1")
@@ -144,8 +144,7 @@ def jitter_box(
     """A box near another: its second intra-RoI view (ORL, section 3.1, stage 3).
 
     Area, aspect (absolute) and center are drawn until the new box lies wholly inside the image and, with compat "official", overlaps
-    the box by more than `views.roi_min_iou`; after `views.roi_attempts` tries the box itself is returned. No state: equal arguments,
-    equal boxes.
+    the box by more than `views.roi_min_iou`; after `views.roi_attempts` tries the box itself is returned.
 
     Args:
         box: [4] integers, xyxy.
@@ -154,10 +153,9 @@ def jitter_box(
     Returns:
         [4] int64 xyxy.
     """
-    sizes = np.array([[height_px, width_px]], np.int64)
-    rows, streams = np.array([image], np.int64), np.array([stream], np.int64)
-    boxes = np.asarray(box)[None]
-    jittered = jitter_boxes(boxes, sizes=sizes, seed=seed, epoch=epoch, images=rows, streams=streams, views=views, compat=compat)
+    boxes, sizes = np.asarray(box)[None], np.array([[height_px, width_px]])
+    images, streams = np.array([image]), np.array([stream])
+    jittered = jitter_boxes(boxes, sizes=sizes, seed=seed, epoch=epoch, images=images, streams=streams, views=views, compat=compat)
     return np.asarray(jittered[0])
 
 
@@ -186,9 +184,7 @@ def jitter_boxes(
         raise ValueError(f"sizes {sizes.shape}, images {images.shape}, streams {streams.shape}; boxes has {len(rows)} rows")
     min_iou = views.roi_min_iou if compat == "official" else -1.0
     limits = (views.roi_shift, *views.roi_area, *views.roi_aspect, min_iou, views.roi_attempts)
-    out = np.empty_like(rows)
-    _jitter_batch(rows, np.asarray(sizes, np.int64), seed, epoch, images, streams, limits, out)
-    return out
+    return _jitter_kernel(rows, sizes, seed, epoch, images, streams, limits)  # type: ignore[no-any-return]
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy", inline="always")
@@ -198,38 +194,36 @@ def _reaches(inter, both, min_iou):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
-def jitter_kernel(  # type: ignore[no-untyped-def]
-    x1, y1, x2, y2, height, width, seed, epoch, image, stream, shift, area_lo, area_hi, aspect_lo, aspect_hi, min_iou, attempts
-):
-    """One jittered box as four int64 (see `jitter_box`); `min_iou` < 0: overlap is not asked for. Four draws per attempt."""
-    x1, y1, x2, y2 = np.int64(x1), np.int64(y1), np.int64(x2), np.int64(y2)
-    box_w, box_h = x2 - x1, y2 - y1
-    area = np.float64(box_w * box_h)
+def _jitter_kernel(boxes, sizes, seed, epoch, images, streams, limits):  # type: ignore[no-untyped-def]
+    """See `jitter_box`; min_iou < 0: overlap is not asked for. Four draws per attempt."""
+    shift, area_lo, area_hi, aspect_lo, aspect_hi, min_iou, attempts = limits
     log_lo, log_hi = np.log(aspect_lo), np.log(aspect_hi)
-    for attempt in range(attempts):
-        # Draws are numbered, so those of an attempt that has failed already need not be made: most attempts end early.
-        new_area = area * (area_lo + (area_hi - area_lo) * uniform(seed, epoch, image, stream, 4 * attempt))
-        aspect = np.exp(log_lo + (log_hi - log_lo) * uniform(seed, epoch, image, stream, 4 * attempt + 1))
-        w, h = np.int64(np.rint(np.sqrt(new_area * aspect))), np.int64(np.rint(np.sqrt(new_area / aspect)))
-        both, common_w, common_h = box_w * box_h + w * h, min(w, box_w), min(h, box_h)
-        if w < 1 or h < 1 or w > width or h > height or not _reaches(common_w * common_h, both, min_iou):
-            continue
-        center_x = x1 + 0.5 * box_w + shift * (2 * uniform(seed, epoch, image, stream, 4 * attempt + 2) - 1) * box_w
-        x = np.int64(np.rint(center_x - 0.5 * w))
-        common_w = max(0, min(x2, x + w) - max(x1, x))
-        if x < 0 or x + w > width or not _reaches(common_w * common_h, both, min_iou):
-            continue
-        center_y = y1 + 0.5 * box_h + shift * (2 * uniform(seed, epoch, image, stream, 4 * attempt + 3) - 1) * box_h
-        y = np.int64(np.rint(center_y - 0.5 * h))
-        common_h = max(0, min(y2, y + h) - max(y1, y))
-        if y >= 0 and y + h <= height and _reaches(common_w * common_h, both, min_iou):
-            return x, y, x + w, y + h
-    return x1, y1, x2, y2
-
-
-def _areas(boxes: NDArray[Any]) -> NDArray[Any]:
-    areas: NDArray[Any] = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-    return areas
+    out = boxes.copy()
+    for i in range(len(boxes)):
+        x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
+        height, width, image, stream = sizes[i, 0], sizes[i, 1], images[i], streams[i]
+        box_w, box_h = x2 - x1, y2 - y1
+        area = np.float64(box_w * box_h)
+        for attempt in range(attempts):
+            # Draws are numbered, so those of an attempt that has failed already need not be made: most attempts end early.
+            new_area = area * (area_lo + (area_hi - area_lo) * uniform(seed, epoch, image, stream, 4 * attempt))
+            aspect = np.exp(log_lo + (log_hi - log_lo) * uniform(seed, epoch, image, stream, 4 * attempt + 1))
+            w, h = np.int64(np.rint(np.sqrt(new_area * aspect))), np.int64(np.rint(np.sqrt(new_area / aspect)))
+            both, common_w, common_h = box_w * box_h + w * h, min(w, box_w), min(h, box_h)
+            if w < 1 or h < 1 or w > width or h > height or not _reaches(common_w * common_h, both, min_iou):
+                continue
+            center_x = x1 + 0.5 * box_w + shift * (2 * uniform(seed, epoch, image, stream, 4 * attempt + 2) - 1) * box_w
+            x = np.int64(np.rint(center_x - 0.5 * w))
+            common_w = max(0, min(x2, x + w) - max(x1, x))
+            if x < 0 or x + w > width or not _reaches(common_w * common_h, both, min_iou):
+                continue
+            center_y = y1 + 0.5 * box_h + shift * (2 * uniform(seed, epoch, image, stream, 4 * attempt + 3) - 1) * box_h
+            y = np.int64(np.rint(center_y - 0.5 * h))
+            common_h = max(0, min(y2, y + h) - max(y1, y))
+            if y >= 0 and y + h <= height and _reaches(common_w * common_h, both, min_iou):
+                out[i, 0], out[i, 1], out[i, 2], out[i, 3] = x, y, x + w, y + h
+                break
+    return out
 
 
 def _checked(boxes: ArrayLike, name: str) -> NDArray[Any]:
@@ -308,8 +302,7 @@ def _filter_kernel(boxes, min_side, max_aspect, max_iou, max_rois):  # type: ign
                 break
     if num == 0:
         rows[0] = 0
-        num = 1
-    return rows[:num]
+    return rows[: max(1, num)]
 
 
 @nb.njit(cache=True, nogil=True)
@@ -317,22 +310,13 @@ def _filter_table_kernel(arrays, min_side, max_aspect, max_iou, start, stop):  #
     """Filter images start … stop - 1: image i's RoIs go to out[room[i]:], their number to counts[i]."""
     boxes, offsets, heights, widths, room, out, counts = arrays
     for image in range(start, stop):
-        height, width = min(heights[image], _MAX_PX), min(widths[image], _MAX_PX)
-        clipped = np.empty((max(1, offsets[image + 1] - offsets[image]), 4), np.int32)
-        clipped[0] = np.array((0, 0, width, height), np.int32)
-        for i in range(offsets[image + 1] - offsets[image]):
-            box = boxes[offsets[image] + i]
-            clipped[i, 0], clipped[i, 1] = min(max(box[0], 0), width), min(max(box[1], 0), height)
-            clipped[i, 2], clipped[i, 3] = min(max(box[2], 0), width), min(max(box[3], 0), height)
+        width, height = min(widths[image], _MAX_PX), min(heights[image], _MAX_PX)
+        found = boxes[offsets[image] : offsets[image + 1]]
+        if len(found) > 0:
+            clipped = np.minimum(np.maximum(found, 0), np.array([width, height, width, height]))
+        else:
+            clipped = np.array([[0, 0, width, height]])
         rows = _filter_kernel(clipped, min_side, max_aspect, max_iou, room[image + 1] - room[image])
         counts[image] = len(rows)
         for i in range(len(rows)):
             out[room[image] + i] = clipped[rows[i]]
-
-
-@nb.njit(cache=True, nogil=True)
-def _jitter_batch(boxes, sizes, seed, epoch, images, streams, limits, out):  # type: ignore[no-untyped-def]
-    for i in range(len(boxes)):
-        x1, y1, x2, y2 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
-        new = jitter_kernel(x1, y1, x2, y2, sizes[i, 0], sizes[i, 1], seed, epoch, images[i], streams[i], *limits)
-        out[i, 0], out[i, 1], out[i, 2], out[i, 3] = new
