@@ -3,27 +3,17 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from orl_fast.errors import DataError
 from orl_fast.shards.manifest import INDEX_NAME, NAMES_NAME, SHARDS_NAME, Manifest, tar_path
 
 # One row per image, little-endian, 48 bytes: a lookup touches one cache line. `name_end` ends the row's text in names.bin.
-ROW = np.dtype(
-    [
-        ("offset", "<i8"),
-        ("size", "<i8"),
-        ("image_id", "<i8"),
-        ("name_end", "<i8"),
-        ("shard", "<i4"),
-        ("height", "<i4"),
-        ("width", "<i4"),
-        ("source", "<i4"),
-    ]
-)
+_INT64, _INT32 = ("offset", "size", "image_id", "name_end"), ("shard", "height", "width", "source")
+ROW = np.dtype([(name, "<i8") for name in _INT64] + [(name, "<i4") for name in _INT32])
 # One row per shard: its first image, the length of its file, and the SHA-256 of that, in hexadecimal digits.
 SHARD = np.dtype([("first_row", "<i8"), ("num_bytes", "<i8"), ("sha256", "S64")])
 
@@ -43,19 +33,16 @@ class ShardIndex:
         keys, file_names: [N] str, decoded when asked for; file names are relative to their source folder.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, shards: NDArray[np.void], rows: NDArray[np.void], names: NDArray[np.uint8]) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.shards = shards
-        self.fingerprint = manifest.fingerprint
-        self._rows = rows
-        self.offsets: NDArray[np.int64] = rows["offset"]
-        self.sizes: NDArray[np.int64] = rows["size"]
-        self.image_ids: NDArray[np.int64] = rows["image_id"]
-        self.shard_ids: NDArray[np.int32] = rows["shard"]
-        self.heights: NDArray[np.int32] = rows["height"]
-        self.widths: NDArray[np.int32] = rows["width"]
-        self.sources: NDArray[np.int32] = rows["source"]
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+        self.fingerprint = self.manifest.fingerprint
+        self.shards: NDArray[np.void] = _mapped(self.path / SHARDS_NAME, SHARD, self.manifest.num_shards)
+        rows: NDArray[np.void] = _mapped(self.path / INDEX_NAME, ROW, self.manifest.num_images)
+        self.heights, self.widths = rows["height"], rows["width"]
+        self.image_ids, self.sources = rows["image_id"], rows["source"]
+        self.shard_ids, self.offsets, self.sizes = rows["shard"], rows["offset"], rows["size"]
+        names: NDArray[np.uint8] = _mapped(self.path / NAMES_NAME, np.uint8, int(rows["name_end"][-1]))
         self.keys: Sequence[str] = _Names(rows["name_end"], names, part=0)
         self.file_names: Sequence[str] = _Names(rows["name_end"], names, part=1)
 
@@ -66,20 +53,13 @@ class ShardIndex:
         Raises:
             DataError: the folder is missing, unfinished, damaged or of another format version.
         """
-        path = Path(path)
-        manifest = Manifest.read(path)
-        rows = _table(path / INDEX_NAME, ROW, manifest.num_images)
-        shards = _table(path / SHARDS_NAME, SHARD, manifest.num_shards)
-        names = _mapped(path / NAMES_NAME, lambda file: np.memmap(file, dtype=np.uint8, mode="r"))
-        if rows["name_end"][-1] != len(names):
-            raise _damaged(path / NAMES_NAME, f"{len(names)} bytes, the index tells {rows['name_end'][-1]}")
-        return cls(path, manifest, shards, rows, names)
+        return cls(path)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.sizes)
 
     def __reduce__(self) -> tuple[Callable[[Path], "ShardIndex"], tuple[Path]]:
-        return ShardIndex.open, (self.path,)  # a worker process maps the file again instead of receiving it
+        return ShardIndex, (self.path,)  # a worker process maps the file again instead of receiving it
 
     @property
     def num_shards(self) -> int:
@@ -93,8 +73,8 @@ class ShardIndex:
         """The rows of one shard: they are contiguous, shards follow one another in order."""
         if not 0 <= shard < self.num_shards:
             raise IndexError(f"shard {shard} of {self.num_shards}")
-        last = shard == self.num_shards - 1
-        return range(int(self.shards["first_row"][shard]), len(self) if last else int(self.shards["first_row"][shard + 1]))
+        start, *following = self.shards["first_row"][shard : shard + 2].tolist()
+        return range(start, following[0] if following else len(self))
 
 
 class _Names(Sequence[str]):
@@ -106,11 +86,7 @@ class _Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-    def __getitem__(self, row: int | slice) -> str | list[str]:
+    def __getitem__(self, row: Any) -> Any:  # of an int a str, of a slice a list
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         row = range(len(self))[row]  # negative rows, and IndexError beyond the end
@@ -119,22 +95,13 @@ class _Names(Sequence[str]):
         return (key, file_name)[self._part].decode("utf-8", "surrogateescape")
 
 
-def _table(path: Path, dtype: np.dtype[np.void], num_rows: int) -> NDArray[np.void]:
-    table = _mapped(path, lambda file: np.load(file, mmap_mode="r", allow_pickle=False))
-    if table.dtype != dtype or table.shape != (num_rows,):
-        raise _damaged(path, f"shape {table.shape}, the manifest tells {num_rows} rows")
-    return table
-
-
-def _mapped(path: Path, load: Callable[[Path], Any]) -> NDArray[Any]:
+def _mapped(path: Path, dtype: DTypeLike, length: int) -> NDArray[Any]:
+    """A plain array over a memory map: np.memmap is slower to index."""
     try:
-        array: NDArray[Any] = np.asarray(load(path))  # a plain array: np.memmap is slower to index
-    except FileNotFoundError as error:
-        raise _damaged(path, "it is missing") from error
+        found = np.asarray(np.load(path, mmap_mode="r") if path.suffix == ".npy" else np.memmap(path, dtype=dtype, mode="r"))
+        if found.dtype != dtype or found.shape != (length,):
+            raise ValueError(f"its shape is {found.shape}, ({length},) is expected")
     except (OSError, ValueError, EOFError) as error:
-        raise _damaged(path, str(error)) from error
-    return array
-
-
-def _damaged(path: Path, found: str) -> DataError:
-    return DataError(f"{path}: does not belong to a whole shard folder ({found}); pack the images again with orl-fast shard --overwrite")
+        message = f"does not belong to a whole shard folder ({error}); pack the images again with orl-fast shard --overwrite"
+        raise DataError(f"{path}: {message}") from error
+    return found

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,9 @@ class Manifest:
             values: dict[str, Any] = json.loads(path.read_bytes())
             if values["version"] != VERSION:
                 raise DataError(f"{path}: format version {values['version']}, this orl-fast reads {VERSION}; pack the images again")
-            known = {field.name: values[field.name] for field in fields(cls)}
-            known["quarantined"] = tuple(Quarantined(**entry) for entry in values["quarantined"])
-            known["sources"] = tuple(SourceEntry(**entry) for entry in values["sources"])
-            return cls(**known)
+            values["quarantined"] = tuple(Quarantined(**entry) for entry in values["quarantined"])
+            values["sources"] = tuple(SourceEntry(**entry) for entry in values["sources"])
+            return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: is damaged ({error!r}); pack the images again with orl-fast shard --overwrite") from error
 

@@ -2,8 +2,6 @@
 
 import mmap
 import resource
-from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -28,8 +26,7 @@ class ShardReader:
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
-        self._places: list[tuple[int, mmap.mmap] | None] = [None] * min(_MAX_OPEN_MAPS, index.num_shards)
-        self._closed = False
+        self._places: list[tuple[int, NDArray[np.uint8]] | None] = [None] * min(_MAX_OPEN_MAPS, index.num_shards)
 
     def read(self, i: int) -> bytes:
         """The JPEG of row `i`.
@@ -44,46 +41,40 @@ class ShardReader:
         """[size] uint8, read-only: the JPEG of row `i` within the memory map, which lives as long as the view does. Raises as `read`."""
         if not 0 <= i < len(self.index):
             raise IndexError(f"row {i} of {len(self.index)}")
-        size, offset = int(self.index.sizes[i]), int(self.index.offsets[i])
-        return np.frombuffer(self._map(int(self.index.shard_ids[i])), np.uint8, size, offset)
+        offset = int(self.index.offsets[i])
+        return self._shard(int(self.index.shard_ids[i]))[offset : offset + int(self.index.sizes[i])]
 
     def close(self) -> None:
         """Let go of all maps; those that views still use go with their last view."""
-        self._closed = True
-        self._places = [None] * len(self._places)
+        self._places = []
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[ShardIndex]]:
         return ShardReader, (self.index,)
 
-    def _map(self, shard: int) -> mmap.mmap:
-        if self._closed:
+    def _shard(self, shard: int) -> NDArray[np.uint8]:
+        places = self._places
+        if not places:
             raise ValueError("this ShardReader is closed")
-        place = shard % len(self._places)
-        found = self._places[place]
-        if found is not None and found[0] == shard:
-            return found[1]
-        mapped = _map_shard(tar_path(self.index.path, shard), int(self.index.shards["num_bytes"][shard]))
-        self._places[place] = (shard, mapped)
-        return mapped
+        place = shard % len(places)
+        found = places[place]
+        if found is None or found[0] != shard:
+            found = places[place] = (shard, self._mapped(shard))
+        return found[1]
 
-
-def _map_shard(path: Path, num_bytes: int) -> mmap.mmap:
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise DataError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
-    if len(mapped) != num_bytes:
-        found = len(mapped)
-        mapped.close()
-        raise DataError(f"{path}: has {found} bytes, was packed with {num_bytes}; {_REMEDY}")
-    return mapped
-
-
-_REMEDY = "restore the file, or pack the images again with orl-fast shard --overwrite"
+    def _mapped(self, shard: int) -> NDArray[np.uint8]:
+        path, num_bytes = tar_path(self.index.path, shard), int(self.index.shards["num_bytes"][shard])
+        remedy = "restore the file, or pack the images again with orl-fast shard --overwrite"
+        try:
+            with path.open("rb") as file:
+                data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
+        if len(data) != num_bytes:
+            raise DataError(f"{path}: has {len(data)} bytes, was packed with {num_bytes}; {remedy}")
+        return data
