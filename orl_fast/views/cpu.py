@@ -18,7 +18,7 @@ from nvidia.dali import fn, math
 
 from orl_fast.views import kernels
 from orl_fast.views.plan import ViewPlan
-from orl_fast.views.renderer import ImageSource, Rendered, distinct_sources, without_bad
+from orl_fast.views.renderer import ImageSource, Rendered, without_bad
 
 types: Any = dali.types
 _DECODE_BATCH = 256
@@ -39,7 +39,7 @@ class CpuRenderer:
         self._num_threads = num_threads
 
     def render(self, plan: ViewPlan) -> Rendered:
-        sources, places = distinct_sources(plan)
+        sources, places = np.unique(plan.crops.source, return_inverse=True)
         regions = _regions(plan, places, len(sources))
         images = self._decoder.decode([self._source.view(int(source)) for source in sources], regions)
         addresses = np.array([0 if image is None else image.data_ptr() for image in images], np.int64)
@@ -60,9 +60,8 @@ class CpuRenderer:
         edges = np.unique(np.linspace(0, num, min(num, 8 * self._num_threads) + 1).astype(int)).tolist()
         for _ in self._pool.map(draw, pairwise(edges)):
             pass
-        starts = [0, *ends[:-1].tolist()]
-        batches = [out[a:b].view(num, s, s, 3) for a, b, s in zip(starts, ends.tolist(), sizes.tolist(), strict=True)]
-        return without_bad(plan, batches, [int(source) for source, image in zip(sources, images, strict=True) if image is None])
+        batches = [part.view(num, size, size, 3) for part, size in zip(out.tensor_split(ends[:-1].tolist()), sizes.tolist(), strict=True)]
+        return without_bad(plan, batches, sources[addresses == 0])
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -122,9 +121,8 @@ class Decoder:
 
 @dali.pipeline_def  # type: ignore[attr-defined, untyped-decorator]
 def _decoding() -> Any:
-    data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, no_copy=True)
-    start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
-    end = fn.external_source(name="end", dtype=types.INT32, ndim=1)
+    data = fn.external_source(name="data", no_copy=True)
+    start, end = fn.external_source(name="start"), fn.external_source(name="end")
     shape = fn.cast(fn.peek_image_shape(data, adjust_orientation=False), dtype=types.INT32)[:2]
     start, end = math.min(start, shape - 1), math.min(end, shape)
     return fn.decoders.image_slice(data, start=start, end=end, axes=(0, 1), adjust_orientation=False, output_type=types.RGB), start

@@ -8,6 +8,7 @@ turns in YIQ, 5 levels off on average.
 """
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from nvidia.dali import fn, math
 
 from orl_fast.views.cpu import Decoder
 from orl_fast.views.plan import Crops, Rows, ViewPlan
-from orl_fast.views.renderer import ImageSource, Rendered, distinct_sources
+from orl_fast.views.renderer import ImageSource, Rendered, usable_samples
 
 types: Any = dali.types
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
+_MOST = np.iinfo(np.int32).max  # trimmed to the image
 # What the graph takes for each view of a sample, and of how many axes.
 _NUM_AXES = {
     "start": 1, "end": 1, "flip": 0, "before": 2, "contrast": 0, "after": 2, "hue": 0, "gray": 2, "sigma": 0, "window": 0, "solarize": 0,
@@ -50,8 +52,10 @@ class DaliRenderer:
                 bad = self._bad_sources(plan)
                 if not len(bad):
                     raise
-                kept = ~np.isin(plan.crops.source, bad).reshape(len(plan.slots), len(plan.rows)).any(axis=0)
-                part = _samples(plan, np.flatnonzero(kept))
+                kept = usable_samples(plan, bad)
+                m = np.tile(kept, len(plan.slots))
+                crops = Crops(**{name: values[m] for name, values in vars(plan.crops).items()})
+                part = replace(plan, rows=plan.rows[kept], crops=crops)
                 return Rendered(batches=self._run(part), rows=part.rows, bad_rows=plan.rows[~kept], bad_sources=bad)
 
     def close(self) -> None:
@@ -81,43 +85,30 @@ class DaliRenderer:
         return tuple(torch.utils.dlpack.from_dlpack(batch.as_tensor()).permute(0, 3, 1, 2) for batch in self._pipeline.run())
 
     def _bad_sources(self, plan: ViewPlan) -> Rows:
-        sources, _ = distinct_sources(plan)
-        whole = np.tile(np.array([0, 0, *[np.iinfo(np.int32).max] * 2]), (len(sources), 1))
-        decoder = Decoder(self._num_threads)
-        images = decoder.decode([self._source.view(int(source)) for source in sources], whole)
-        decoder.close()
+        sources = np.unique(plan.crops.source)
+        whole = np.full((len(sources), 4), [0, 0, _MOST, _MOST])
+        images = Decoder(self._num_threads).decode([self._source.view(int(source)) for source in sources], whole)
         return sources[[image is None for image in images]]
-
-
-def _samples(plan: ViewPlan, kept: NDArray[np.int64]) -> ViewPlan:
-    """The plan of some of its samples."""
-    m = (np.arange(len(plan.slots))[:, None] * len(plan.rows) + kept).ravel()
-    crops = Crops(**{name: getattr(plan.crops, name)[m] for name in Crops.__dataclass_fields__})
-    return ViewPlan(rows=plan.rows[kept], slots=plan.slots, crops=crops, beyond_box=plan.beyond_box)
 
 
 def _parameters(crops: Crops, part: slice) -> dict[str, NDArray[Any]]:
     """What the graph takes for one slot, one entry per sample; names as in `_NUM_AXES`."""
-    box, order, factors, sigma = crops.box[part], crops.order[part], crops.factors[part], crops.blur_sigma[part]
-    num = len(box)
-    # Brightness and saturation are matrices: those drawn before the contrast, and those after.
-    place = np.argsort(order, axis=1)  # [B, 4]: when each operation comes
-    identity = np.eye(3, dtype=np.float32)
-    matrices = {"before": np.tile(identity, (num, 1, 1)), "after": np.tile(identity, (num, 1, 1))}
-    scale = factors[:, _BRIGHTNESS, None, None] * identity
-    mix = factors[:, _SATURATION, None, None]
-    saturate = mix * identity + (1 - mix) * np.tile(_LUMA, (3, 1))
-    for op, matrix in ((_BRIGHTNESS, scale), (_SATURATION, saturate)):  # they commute: gray keeps its direction
-        for name, where in (("before", place[:, op] < place[:, _CONTRAST]), ("after", place[:, op] > place[:, _CONTRAST])):
-            matrices[name][where] = matrix[where] @ matrices[name][where]
+    box, factors, sigma = crops.box[part], crops.factors[part], crops.blur_sigma[part]
+    place = np.argsort(crops.order[part], axis=1)[..., None, None]  # [B, 4, 1, 1]: when each operation comes
+    identity, gray = np.eye(3, dtype=np.float32), np.tile(_LUMA, (3, 1))
+    # Brightness and saturation are matrices, which commute: those drawn before the contrast, and those after.
+    scale, mix = factors[:, _BRIGHTNESS, None, None] * identity, factors[:, _SATURATION, None, None]
+    saturate = mix * identity + (1 - mix) * gray
+    scale_first, saturate_first = place[:, _BRIGHTNESS] < place[:, _CONTRAST], place[:, _SATURATION] < place[:, _CONTRAST]
     return {
         "start": np.ascontiguousarray(box[:, 1::-1]),
         "end": np.ascontiguousarray(box[:, :1:-1]),
         "flip": crops.flip[part].astype(np.int32),
-        **{name: matrix.astype(np.float32) for name, matrix in matrices.items()},
+        "before": np.where(saturate_first, saturate, identity) @ np.where(scale_first, scale, identity),
         "contrast": factors[:, _CONTRAST].copy(),
+        "after": np.where(saturate_first, identity, saturate) @ np.where(scale_first, identity, scale),
         "hue": np.trunc(crops.hue[part] * 255).astype(np.float32),
-        "gray": np.where(crops.grayscale[part, None, None], np.tile(_LUMA, (3, 1)), identity).astype(np.float32),
+        "gray": np.where(crops.grayscale[part, None, None], gray, identity),
         "sigma": np.where(sigma > 0, sigma, 1).astype(np.float32),
         "window": np.where(sigma > 0, 2 * np.ceil(4 * sigma) + 1, 1).astype(np.int32),
         "solarize": crops.solarize[part].astype(np.float32),

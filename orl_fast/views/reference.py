@@ -1,5 +1,6 @@
 """The reference renderer: PIL decodes, torchvision's own functions do the rest, one crop at a time. The oracle of the other renderers."""
 
+import contextlib
 import io
 import math
 
@@ -11,10 +12,10 @@ from torchvision.transforms import InterpolationMode  # type: ignore[import-unty
 from torchvision.transforms import functional as tv  # type: ignore[import-untyped]
 
 from orl_fast.views.plan import Crops, ViewPlan
-from orl_fast.views.renderer import ImageSource, Rendered, distinct_sources, without_bad
+from orl_fast.views.renderer import ImageSource, Rendered, without_bad
 
-_ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
-_HUE = 3
+_ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+_UNCHANGED = (1, 1, 1, 0)
 
 
 class ReferenceRenderer:
@@ -24,23 +25,20 @@ class ReferenceRenderer:
         self._source = source
 
     def render(self, plan: ViewPlan) -> Rendered:
-        images: list[Image.Image | None] = []
-        sources, places = distinct_sources(plan)
-        for source in sources:
-            try:
-                images.append(decode(self._source.view(int(source))))
-            except (OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
-                images.append(None)
+        images: dict[int, Image.Image] = {}
+        sources = np.unique(plan.crops.source)
+        for source in sources.tolist():
+            with contextlib.suppress(OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
+                images[source] = decode(self._source.view(source))
         pixels = []
         for v, slot in enumerate(plan.slots):
             batch = np.zeros((len(plan.rows), slot.size_px, slot.size_px, 3), np.uint8)
             for b in range(len(plan.rows)):
                 m = v * len(plan.rows) + b
-                image = images[places[m]]
-                if image is not None:
+                if image := images.get(int(plan.crops.source[m])):
                     batch[b] = np.asarray(render_crop(image, plan.crops, m, size_px=slot.size_px, beyond_box=plan.beyond_box))
             pixels.append(torch.from_numpy(batch))
-        return without_bad(plan, pixels, [int(source) for source, image in zip(sources, images, strict=True) if image is None])
+        return without_bad(plan, pixels, sources[[source not in images for source in sources.tolist()]])
 
     def close(self) -> None:
         """Nothing is held."""
@@ -63,11 +61,10 @@ def render_crop(image: Image.Image, crops: Crops, m: int, *, size_px: int, beyon
         view = tv.resized_crop(image, *where, size=[size_px, size_px], interpolation=InterpolationMode.BILINEAR, antialias=True)
     if crops.flip[m]:
         view = tv.hflip(view)
+    amounts = [*crops.factors[m].tolist(), float(crops.hue[m])]
     for op in crops.order[m]:
-        if op == _HUE:
-            view = tv.adjust_hue(view, float(crops.hue[m])) if crops.hue[m] != 0 else view
-        elif crops.factors[m, op] != 1:
-            view = _ADJUST[op](view, float(crops.factors[m, op]))
+        if amounts[op] != _UNCHANGED[op]:
+            view = _ADJUST[op](view, amounts[op])
     if crops.grayscale[m]:
         view = tv.to_grayscale(view, num_output_channels=3)
     sigma = float(crops.blur_sigma[m])

@@ -1,9 +1,11 @@
 """What a renderer takes and gives. Renderers: `reference` (PIL and torchvision), `cpu` (DALI and numba), `gpu` (one DALI graph)."""
 
 import os
-import time
+import timeit
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,27 +52,17 @@ class Renderer(Protocol):
     def close(self) -> None: ...
 
 
-def without_bad(plan: ViewPlan, pixels: list[torch.Tensor], bad_sources: list[int]) -> Rendered:
-    """Drop the samples that needed a bad source, from every slot.
-
-    Args:
-        pixels: per slot, [B, S, S, 3] uint8.
-    """
-    bad = np.asarray(bad_sources, np.int64)
-    kept = ~np.isin(plan.crops.source, bad).reshape(len(plan.slots), len(plan.rows)).any(axis=0)
-    if not kept.all():
-        rows = torch.from_numpy(np.flatnonzero(kept))
-        pixels = [batch.index_select(0, rows.to(batch.device)) for batch in pixels]
-    return Rendered(
-        batches=tuple(batch.permute(0, 3, 1, 2) for batch in pixels), rows=plan.rows[kept], bad_rows=plan.rows[~kept], bad_sources=bad
-    )
+def usable_samples(plan: ViewPlan, bad_sources: Rows) -> NDArray[np.bool_]:
+    """[B]: which samples need no bad source in any slot."""
+    bad = np.isin(plan.crops.source, bad_sources).reshape(len(plan.slots), len(plan.rows))
+    return np.logical_not(bad.any(axis=0))
 
 
-def distinct_sources(plan: ViewPlan) -> tuple[Rows, NDArray[np.int64]]:
-    """The images that a plan reads, each once, and for each crop the place of its source among them."""
-    sources: Any
-    sources, places = np.unique(plan.crops.source, return_inverse=True)
-    return sources, places
+def without_bad(plan: ViewPlan, pixels: Iterable[torch.Tensor], bad_sources: Rows) -> Rendered:
+    """The usable samples of pixels [B, S, S, 3], one tensor per slot."""
+    kept = usable_samples(plan, bad_sources)
+    batches = tuple((batch if kept.all() else batch[torch.from_numpy(kept)]).permute(0, 3, 1, 2) for batch in pixels)
+    return Rendered(batches=batches, rows=plan.rows[kept], bad_rows=plan.rows[~kept], bad_sources=bad_sources)
 
 
 def choose_renderer(
@@ -113,18 +105,15 @@ def choose_renderer(
 
 
 def _faster(renderers: dict[str, Renderer], trial: ViewPlan) -> Renderer:
+    def render(kind: str) -> None:
+        renderers[kind].render(trial)
+        torch.cuda.synchronize()
+
     rates: dict[str, float] = {}
-    for kind, renderer in renderers.items():
-        renderer.render(trial)  # compiles, allocates, warms up
-        seconds = []
-        for _ in range(_TRIALS):
-            start_s = time.perf_counter()
-            renderer.render(trial)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start_s)
-        rates[kind] = len(trial.rows) / min(seconds)
-    best = max(rates, key=lambda kind: rates[kind])
+    for kind in renderers:
+        render(kind)  # compiles, allocates, warms up
+        rates[kind] = len(trial.rows) / min(timeit.repeat(partial(render, kind), number=1, repeat=_TRIALS))
+    best = max(rates, key=rates.__getitem__)
     for kind, renderer in renderers.items():
         if kind != best:
             renderer.close()
