@@ -4,10 +4,10 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from orl_fast.shards.manifest import INDEX_NAME, MANIFEST_NAME, SHARDS_NAME, fin
 from orl_fast.shards.workers import num_cores, run_in_workers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fault:
+class Fault(NamedTuple):
     """What is wrong with one file."""
 
     file: Path
@@ -42,36 +41,26 @@ def verify_shards(folder: Path, *, fast: bool = False, decode: bool = False, num
     faults = [*_index_faults(index), *_column_faults(index)]
     if any(fault.file.name == INDEX_NAME for fault in faults):
         return faults  # what it tells about the shards is of no use
-    tasks = (_Task(index=index, shard=shard, fast=fast, decode=decode) for shard in range(index.num_shards))
+    check = partial(_check_shard, index, fast=fast, decode=decode)  # the index travels as its path
     workers = 1 if fast else min(num_workers or num_cores(), index.num_shards)
     with progress("verify", total=index.num_shards, unit="shards") as advance:
-        for found in run_in_workers(_shard_faults, tasks, num_workers=workers):
+        for found in run_in_workers(check, range(index.num_shards), num_workers=workers):
             faults += found
             advance()
     return sorted(faults, key=lambda fault: fault.file)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    """One shard, and how closely to look at it. The index travels as its path."""
-
-    index: ShardIndex
-    shard: int
-    fast: bool
-    decode: bool
-
-
 def _index_faults(index: ShardIndex) -> Iterator[Fault]:
     if index.fingerprint != fingerprint_of(index.shards["sha256"].tolist()):
-        yield Fault(file=index.path / MANIFEST_NAME, message="the fingerprint does not follow from the checksums of the shards")
+        yield Fault(index.path / MANIFEST_NAME, "the fingerprint does not follow from the checksums of the shards")
     counts = np.diff(index.shards["first_row"], append=len(index))
     if index.shards["first_row"][0] != 0 or counts.min() < 1 or not np.array_equal(index.shard_ids, np.repeat(range(len(counts)), counts)):
-        yield Fault(file=index.path / INDEX_NAME, message=f"its shards do not follow one another as {SHARDS_NAME} tells")
+        yield Fault(index.path / INDEX_NAME, f"its shards do not follow one another as {SHARDS_NAME} tells")
         return
     limits = index.shards["num_bytes"][index.shard_ids]
     outside = (index.offsets < 0) | (index.sizes < 1) | (index.offsets + index.sizes > limits) | (index.heights < 1) | (index.widths < 1)
     if outside.any():
-        yield Fault(file=index.path / INDEX_NAME, message=f"row {outside.argmax()} cannot be: it lies outside its shard or has no pixels")
+        yield Fault(index.path / INDEX_NAME, f"row {outside.argmax()} cannot be: it lies outside its shard or has no pixels")
 
 
 def _column_faults(index: ShardIndex) -> Iterator[Fault]:
@@ -82,42 +71,40 @@ def _column_faults(index: ShardIndex) -> Iterator[Fault]:
             with tarfile.open(path) as tar:
                 keys = [key for key, _ in groupby(name.partition(".")[0] for name in tar.getnames())]
         except (OSError, tarfile.TarError) as error:
-            yield Fault(file=path, message=f"cannot be read as a tar file ({error}); run orl-fast mine pairs")
+            yield Fault(path, f"cannot be read as a tar file ({error}); run orl-fast mine pairs")
             continue
         rows = index.shard_rows(shard) if shard < index.num_shards else range(0)
         if keys != index.keys[rows.start : rows.stop]:
-            yield Fault(file=path, message="its keys are not those of the image shard with its number; run orl-fast mine pairs")
+            yield Fault(path, "its keys are not those of the image shard with its number; run orl-fast mine pairs")
 
 
-def _shard_faults(task: _Task) -> list[Fault]:
-    """Check one shard. Runs in a worker process."""
-    path = tar_path(task.index.path, task.shard)
+def _check_shard(index: ShardIndex, shard: int, *, fast: bool, decode: bool) -> list[Fault]:
+    """Runs in a worker process."""
     try:
-        return [Fault(file=file, message=message) for file, message in _messages(task, path)]
+        return list(_shard_faults(index, shard, fast=fast, decode=decode))
     except (OSError, tarfile.TarError, ValueError) as error:
-        return [Fault(file=path, message=f"cannot be read ({error})")]
+        return [Fault(tar_path(index.path, shard), f"cannot be read ({error})")]
 
 
-def _messages(task: _Task, path: Path) -> Iterator[tuple[Path, str]]:
-    index, rows = task.index, task.index.shard_rows(task.shard)
-    expected_bytes = index.shards["num_bytes"][task.shard]
+def _shard_faults(index: ShardIndex, shard: int, *, fast: bool, decode: bool) -> Iterator[Fault]:
+    path, rows, expected_bytes = tar_path(index.path, shard), index.shard_rows(shard), index.shards["num_bytes"][shard]
     if not path.is_file():
-        yield path, "is missing"
+        yield Fault(path, "is missing")
         return
     if path.stat().st_size != expected_bytes:
-        yield path, f"has {path.stat().st_size} bytes, was packed with {expected_bytes}"
+        yield Fault(path, f"has {path.stat().st_size} bytes, was packed with {expected_bytes}")
         return
     idx = path.with_suffix(".idx")
     lines = idx.read_text().splitlines() if idx.is_file() else []
     begins = [f"v1.2 {len(rows)}", *(f"jpg {index.offsets[i]} {index.sizes[i]} {index.keys[i]}.jpg json " for i in rows)]
-    if len(lines) != len(begins) or not all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True)):
-        yield idx, "is missing, or tells other images or places than the index"
-    if not task.fast:
+    if len(lines) != len(begins) or not all(map(str.startswith, lines, begins)):
+        yield Fault(idx, "is missing, or tells other images or places than the index")
+    if not fast:
         with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != index.shards["sha256"][task.shard].decode():
-                yield path, "its bytes are not those that were packed (SHA-256)"
+            if hashlib.file_digest(file, "sha256").hexdigest() != index.shards["sha256"][shard].decode():
+                yield Fault(path, "its bytes are not those that were packed (SHA-256)")
             file.seek(0)
-            yield from ((path, message) for message in _member_messages(file, index, rows, decode=task.decode))
+            yield from (Fault(path, message) for message in _member_messages(file, index, rows, decode=decode))
 
 
 def _member_messages(file: BinaryIO, index: ShardIndex, rows: range, *, decode: bool) -> Iterator[str]:

@@ -6,9 +6,9 @@ import json
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from orl_fast.shards.sources import ListedImage, Listing, find_sources, list_ima
 from orl_fast.shards.workers import num_cores, run_in_workers
 
 BLOCK_BYTES = 512
-DEFAULT_SHARD_SIZE = 256  # COCO's train2017: 463 shards of 42 MB, so that also small sets occupy several workers
 MAX_SHARD_BYTES = 256_000_000
 _MAX_FILE_BYTES = 1_000_000_000
 _CHOICE = "add --overwrite to replace it, or choose another folder with --out"
@@ -47,7 +46,7 @@ def write_shards(
     out: Path,
     *,
     splits: Sequence[str] = (),
-    shard_size: int = DEFAULT_SHARD_SIZE,
+    shard_size: int = 256,
     num_workers: int | None = None,
     overwrite: bool = False,
 ) -> Manifest:
@@ -58,9 +57,8 @@ def write_shards(
     Args:
         sources: COCO roots, COCO split folders or any folders of images, or one of these.
         splits: which splits of a COCO root, instead of train2017.
-        shard_size: images per shard; a shard also ends at 256 MB of source files.
-        num_workers: processes that decode and write; default one per core. With more than one, a script needs the usual
-            `if __name__ == "__main__"`.
+        shard_size: images per shard; a shard also ends at 256 MB of source files. 256 cuts COCO's train2017 into 463 of 42 MB.
+        num_workers: processes that decode and write; default one per core. With several, a script needs `if __name__ == "__main__"`.
         overwrite: replace what was packed into `out` from other sources or with other settings.
     Raises:
         DataError: sources are missing or hold no (good) images, `out` cannot be used, or the disk is full.
@@ -82,17 +80,20 @@ def write_shards(
         shutil.rmtree(out / WORK_NAME, ignore_errors=True)  # left where a run was killed after its last file
         log.info("%s: up to date, %d images in %d shards", out, finished.num_images, finished.num_shards)
         return finished
-    tasks = list(_tasks(listing, out, shard_size=shard_size))
+    cuts = list(enumerate(_cuts(listing.images, shard_size=shard_size)))
     with _work_folder(out, inputs=inputs, overwrite=overwrite):
-        waiting = [task for task in tasks if not task.report.exists()]
-        require_free_space(out, num_bytes=sum(task.num_bytes for task in waiting), purpose="packing")
-        num_done = sum(len(task.images) for task in tasks) - sum(len(task.images) for task in waiting)
+        waiting = [(number, images) for number, images in cuts if not _report_path(out, number).exists()]
+        sizes = [image.num_bytes + 4 * BLOCK_BYTES for _, images in waiting for image in images]
+        require_free_space(out, num_bytes=sum(sizes), purpose="packing")
+        num_images = len(listing.images)
+        num_done = num_images - len(sizes)
         if num_done:
-            log.info("%s: goes on after %d of %d images", out, num_done, len(listing.images))
-        with progress("pack", total=len(listing.images), unit="images", done=num_done) as advance:
-            for count in run_in_workers(_pack_shard, waiting, num_workers=min(num_workers or num_cores(), len(waiting))):
+            log.info("%s: goes on after %d of %d images", out, num_done, num_images)
+        pack = partial(_pack_shard, out, [source.folder for source in found])
+        with progress("pack", total=num_images, unit="images", done=num_done) as advance:
+            for count in run_in_workers(pack, waiting, num_workers=min(num_workers or num_cores(), len(waiting))):
                 advance(count)
-        return _finish(listing, tasks, out, inputs=inputs)
+        return _finish(listing, [_report_path(out, number) for number, _ in cuts], out, inputs=inputs)
 
 
 def _tell(listing: Listing) -> None:
@@ -106,93 +107,55 @@ def _tell(listing: Listing) -> None:
             log.warning("%s: %d images are not in %s; they are packed after the others", source.folder, unlisted, source.annotations)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    """One shard to write."""
-
-    out: Path
-    number: int
-    folders: tuple[Path, ...]
-    images: list[ListedImage]
-
-    @property
-    def tar(self) -> Path:
-        return tar_path(self.out, self.number)
-
-    @property
-    def report(self) -> Path:
-        return self.out / WORK_NAME / f"{self.number:06d}.json"
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(image.num_bytes + 4 * BLOCK_BYTES for image in self.images)
-
-
-def _tasks(listing: Listing, out: Path, *, shard_size: int) -> Iterator[_Task]:
+def _cuts(images: list[ListedImage], *, shard_size: int) -> Iterator[list[ListedImage]]:
     """Cut the listing by what is known before decoding, so that the cut never depends on the order of work."""
-    folders = tuple(source.folder for source in listing.sources)
-    start, num_bytes, number = 0, 0, 0
-    for i, image in enumerate(listing.images):
+    start, num_bytes = 0, 0
+    for i, image in enumerate(images):
         if i > start and (i - start == shard_size or num_bytes + image.num_bytes > MAX_SHARD_BYTES):
-            yield _Task(out=out, number=number, folders=folders, images=listing.images[start:i])
-            start, num_bytes, number = i, 0, number + 1
+            yield images[start:i]
+            start, num_bytes = i, 0
         num_bytes += image.num_bytes
-    yield _Task(out=out, number=number, folders=folders, images=listing.images[start:])
+    yield images[start:]
 
 
-def _pack_shard(task: _Task) -> int:
+def _report_path(out: Path, number: int) -> Path:
+    return out / WORK_NAME / f"{number:06d}.json"
+
+
+def _pack_shard(out: Path, folders: Sequence[Path], shard: tuple[int, list[ListedImage]]) -> int:
     """Write one tar, its DALI index and, last, the report that tells the shard is done. Runs in a worker process."""
+    number, images = shard
+    path = tar_path(out, number)
     rows: list[tuple[int, ...]] = []
     names: list[str] = []
-    quarantined: list[Quarantined] = []
+    quarantined: list[dict[str, Any]] = []
     reencoded: Counter[str] = Counter()
     lines: list[str] = []
-    digest = hashlib.sha256()
-    with atomic_file(task.tar) as file:
-
-        def add(name: str, data: bytes) -> int:
-            """Append a member; returns where its data begins."""
-            header = tar_header(name, len(data))
-            start = file.tell() + len(header)
-            for part in (header, data, bytes(-len(data) % BLOCK_BYTES)):
-                digest.update(part)
-                file.write(part)
-            return start
-
-        for image in task.images:
+    with new_tar(path) as add:
+        for image in images:
             try:
-                packed = packed_image(_read(task.folders[image.source] / image.file_name))
+                packed = packed_image(_read(folders[image.source] / image.file_name))
             except BadImage as error:
-                quarantined.append(Quarantined(source=image.source, file_name=image.file_name, reason=str(error)))
+                quarantined.append({"source": image.source, "file_name": image.file_name, "reason": str(error)})
                 continue
             about = {"file_name": image.file_name, "image_id": image.image_id, "width": packed.width, "height": packed.height}
             text = json.dumps(about).encode()
             jpeg_at, text_at = add(f"{image.key}.jpg", packed.jpeg), add(f"{image.key}.json", text)
-            lines.append(f"jpg {jpeg_at} {len(packed.jpeg)} {image.key}.jpg json {text_at} {len(text)} {image.key}.json")
+            lines.append(f"jpg {jpeg_at} {len(packed.jpeg)} {image.key}.jpg json {text_at} {len(text)} {image.key}.json\n")
             rows.append((jpeg_at, len(packed.jpeg), image.image_id, 0, 0, packed.height, packed.width, image.source))
             names.append(f"{image.key}\0{image.file_name}")
             if packed.reencoded:
                 reencoded[packed.reencoded] += 1
-        ending = bytes(2 * BLOCK_BYTES + -(file.tell() + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE)
-        digest.update(ending)
-        file.write(ending)
-        num_bytes = file.tell()
+    report = {"number": number, "rows": rows, "names": names, "reencoded": reencoded, "quarantined": quarantined}
     if rows:
-        with atomic_file(task.tar.with_suffix(".idx")) as file:
-            file.write("".join(f"{line}\n" for line in (f"v1.2 {len(lines)}", *lines)).encode())  # as DALI's wds2idx writes it
+        with atomic_file(path.with_suffix(".idx")) as file:
+            file.write("".join([f"v1.2 {len(lines)}\n", *lines]).encode())  # as DALI's wds2idx writes it
+        with path.open("rb") as tar:
+            report |= {"num_bytes": path.stat().st_size, "sha256": hashlib.file_digest(tar, "sha256").hexdigest()}
     else:  # every image was bad: no reader takes an empty shard
-        task.tar.unlink()
-    report = {
-        "number": task.number,
-        "num_bytes": num_bytes,
-        "sha256": digest.hexdigest(),
-        "rows": rows,
-        "names": names,
-        "reencoded": dict(sorted(reencoded.items())),
-        "quarantined": [asdict(entry) for entry in quarantined],
-    }
-    write_json(task.report, report)
-    return len(task.images)
+        path.unlink()
+    write_json(_report_path(out, number), report)
+    return len(images)
 
 
 def _read(path: Path) -> bytes:
@@ -212,7 +175,22 @@ def tar_header(name: str, size: int) -> bytes:
     return member.tobuf(tarfile.USTAR_FORMAT)
 
 
-def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> Manifest:
+@contextmanager
+def new_tar(path: Path) -> Iterator[Callable[[str, bytes], int]]:
+    """Write a tar file atomically; yields `add(name, data)`, which returns where the member's data begin."""
+    with atomic_file(path) as file:
+
+        def add(name: str, data: bytes) -> int:
+            file.write(tar_header(name, len(data)))
+            start = file.tell()
+            file.write(data + bytes(-len(data) % BLOCK_BYTES))
+            return start
+
+        yield add
+        file.write(bytes(2 * BLOCK_BYTES + -(file.tell() + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE))
+
+
+def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str) -> Manifest:
     """Join the reports into the index and the manifest."""
     shards: list[tuple[int, int, bytes]] = []
     quarantined = list(listing.unreadable)
@@ -220,13 +198,13 @@ def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> 
     tables: list[np.ndarray[Any, np.dtype[np.void]]] = []
     num_images = name_end = 0
     with atomic_file(out / NAMES_NAME) as file:
-        for task in tasks:
-            report = json.loads(task.report.read_bytes())
+        for path in reports:
+            report = json.loads(path.read_bytes())
             quarantined += [Quarantined(**entry) for entry in report["quarantined"]]
-            reencoded.update(report["reencoded"])
             if not report["rows"]:
                 continue
-            _renumber(task, report, len(shards))
+            reencoded.update(report["reencoded"])
+            _renumber(path, report, len(shards), out)
             texts = [name.encode("utf-8", "surrogateescape") for name in report["names"]]
             table = np.array([tuple(row) for row in report["rows"]], ROW)
             table["name_end"] = name_end + np.cumsum([len(text) for text in texts])
@@ -237,14 +215,24 @@ def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> 
             shards.append((num_images, report["num_bytes"], report["sha256"].encode()))
             num_images += len(table)
         if not shards:
-            for task in tasks:
-                task.report.unlink()
+            for path in reports:
+                path.unlink()
             reasons = "; ".join(f"{entry.file_name}: {entry.reason}" for entry in quarantined[:3])
             raise DataError(f"none of the {len(listing.images)} images can be decoded ({reasons}); give a folder of images")
     table = np.concatenate(tables)
     write_array(out / INDEX_NAME, table)
     write_array(out / SHARDS_NAME, np.array(shards, SHARD))
     num_packed = np.bincount(table["source"], minlength=len(listing.sources)).tolist()
+    entries = [
+        SourceEntry(
+            folder=str(source.folder.absolute()),
+            annotations=str(source.annotations.absolute()) if source.annotations else None,
+            num_packed=num_packed[i],
+            num_absent=len(listing.absent[i]),
+            num_unlisted=listing.unlisted[i],
+        )
+        for i, source in enumerate(listing.sources)
+    ]
     manifest = Manifest(
         fingerprint=fingerprint_of(sha256 for _, _, sha256 in shards),
         num_images=num_images,
@@ -253,49 +241,38 @@ def _finish(listing: Listing, tasks: list[_Task], out: Path, *, inputs: str) -> 
         num_original=num_images - reencoded.total(),
         reencoded=dict(sorted(reencoded.items())),
         quarantined=tuple(quarantined),
-        sources=tuple(
-            SourceEntry(
-                folder=str(source.folder.absolute()),
-                annotations=None if source.annotations is None else str(source.annotations.absolute()),
-                num_packed=num_packed[i],
-                num_absent=len(listing.absent[i]),
-                num_unlisted=listing.unlisted[i],
-            )
-            for i, source in enumerate(listing.sources)
-        ),
+        sources=tuple(entries),
         inputs=inputs,
     )
     manifest.write(out)
     return manifest
 
 
-def _renumber(task: _Task, report: dict[str, Any], number: int) -> None:
+def _renumber(path: Path, report: dict[str, Any], number: int, out: Path) -> None:
     """Close the gaps that shards without a good image leave. A run killed in between can go on: reports are changed after their files."""
     if report["number"] != number:
+        old, new = tar_path(out, report["number"]), tar_path(out, number)
         for suffix in (".tar", ".idx"):
-            old = tar_path(task.out, report["number"]).with_suffix(suffix)
-            if old.exists():
-                old.replace(tar_path(task.out, number).with_suffix(suffix))
-        report["number"] = number
-        write_json(task.report, report)
+            if old.with_suffix(suffix).exists():
+                old.with_suffix(suffix).replace(new.with_suffix(suffix))
+        write_json(path, report | {"number": number})
 
 
 def _finished(out: Path, *, inputs: str) -> Manifest | None:
     """The manifest of `out` if it was packed from the same inputs and nothing is lost."""
     if not (out / MANIFEST_NAME).exists():
         return None
-    manifest = Manifest.read(out)
-    if manifest.inputs != inputs:
+    if Manifest.read(out).inputs != inputs:
         raise StaleError(f"{out}: was packed from other images or with other settings; {_CHOICE}")
-    sizes = {entry.name: entry.stat().st_size for entry in out.iterdir()}
     try:
         index = ShardIndex.open(out)
-        lost = [path.name for path, n in zip(index.shard_paths, index.shards["num_bytes"], strict=True) if sizes.get(path.name) != n]
+        for path, num_bytes in zip(index.shard_paths, index.shards["num_bytes"], strict=True):
+            if not path.is_file() or path.stat().st_size != num_bytes:
+                raise DataError(f"{path}: is missing or cut short")
     except DataError as error:
-        lost = [str(error)]
-    if lost:
-        log.warning("%s: %s is missing or cut short; packing again", out, lost[0])
-    return None if lost else manifest
+        log.warning("%s; packing again", error)
+        return None
+    return index.manifest
 
 
 @contextmanager
