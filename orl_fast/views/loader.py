@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,10 @@ class Views:
 
 
 class ViewLoader:
-    """Iterates over micro-batches of views. A step number is its whole state.
+    """Iterates over micro-batches of views; a second `for` goes on where the first stopped. Close it, or use it as a context manager.
 
     What it yields depends on the data, the seed and the step alone: not on threads, prefetching or speed; ranks and accumulation only share
-    a global batch (see `Sampler`). It is an iterator: a second `for` goes on where the first stopped. Close it, or use it as a context
-    manager.
+    a global batch (see `Sampler`). A step number is its whole state.
 
     Attributes:
         wait_s: seconds that the consumer has waited for data so far.
@@ -127,17 +127,17 @@ class ViewLoader:
         config = config or Config()
         index = shards if isinstance(shards, ShardIndex) else ShardIndex.open(shards)
         options, num_images, heights, widths = config.train, len(index), index.heights, index.widths
-        parts = world_size * options.accumulate
-        if options.batch_size % parts:
+        micro_batch, rest = divmod(options.batch_size, world_size * options.accumulate)
+        if rest:
             raise ConfigError(
                 f"train.batch_size = {options.batch_size}: cannot be shared by {world_size} ranks with {options.accumulate} micro-batches "
-                f"each; use a multiple of {parts}"
+                f"each; use a multiple of {world_size * options.accumulate}"
             )
         source: ImageSource = ShardReader(index)
+        patch_rows = None
         if patches is not None and config.loader.use_patches:
-            source = PatchedSource(source, patches, num_images=num_images)
+            source, patch_rows = PatchedSource(source, patches, num_images=num_images), patches.rows
         terms = [term for term in TERMS if getattr(config.orl, f"{term}_weight") > 0]
-        patch_rows = patches.rows if isinstance(source, PatchedSource) and patches is not None else None
 
         def draw(rows: Rows, epoch: int) -> ViewPlan:
             if rois is None or pairs is None:
@@ -147,18 +147,13 @@ class ViewLoader:
                 rois=rois, pairs=pairs, terms=terms, compat=config.compat, patch_rows=patch_rows,
             )  # fmt: skip
 
-        micro_batch = options.batch_size // parts
         trial = draw(np.arange(min(micro_batch, num_images), dtype=np.int64), 0)
-        renderer = choose_renderer(source, config.loader, trial=trial, device=device, num_threads=num_threads)
-        try:
-            return cls(
-                renderer, draw, num_images=num_images, batch_size=micro_batch, seed=options.seed, rank=rank, world_size=world_size,
-                accumulate=options.accumulate, start_step=start_step, num_steps=num_steps, prefetch=config.loader.prefetch,
-                name_of=lambda i: f"image {index.keys[i]}" if i < num_images else f"patch {i - num_images}",
-            )  # fmt: skip
-        except ConfigError:
-            renderer.close()
-            raise
+        return cls(
+            choose_renderer(source, config.loader, trial=trial, device=device, num_threads=num_threads), draw,
+            num_images=num_images, batch_size=micro_batch, seed=options.seed, rank=rank, world_size=world_size,
+            accumulate=options.accumulate, start_step=start_step, num_steps=num_steps, prefetch=config.loader.prefetch,
+            name_of=lambda i: f"image {index.keys[i]}" if i < num_images else f"patch {i - num_images}",
+        )  # fmt: skip
 
     @property
     def steps_per_epoch(self) -> int:
@@ -190,13 +185,11 @@ class ViewLoader:
         self.close()
 
     def _batches(self, start_step: int, num_steps: int | None) -> Iterator[tuple[Rows, int]]:
-        step = start_step
-        while num_steps is None or step < start_step + num_steps:
+        for step in islice(count(start_step), num_steps):
             for micro in range(self.sampler.accumulate):
                 rows = self.sampler.rows(step, rank=self._rank, micro=micro)
                 if len(rows):
                     yield rows, self.sampler.epoch_of(step)
-            step += 1
 
     def _fill(self) -> None:
         while len(self._pending) < self._ahead and (batch := next(self._todo, None)) is not None:
@@ -208,13 +201,5 @@ class ViewLoader:
         for source in set(rendered.bad_sources.tolist()) - self._logged:
             self._logged.add(source)
             log.warning("%s cannot be decoded; its samples are skipped (orl-fast verify checks all)", self._name_of(source))
-        terms: dict[str, tuple[Tensor, Tensor]] = {}
-        for v in range(0, len(plan.slots), 2):
-            terms[plan.slots[v].term] = rendered.batches[v], rendered.batches[v + 1]
-        return Views(
-            image=terms.get("image"),
-            intra=terms.get("intra"),
-            inter=terms.get("inter"),
-            rows=rendered.rows,
-            num_skipped=len(rendered.bad_rows),
-        )
+        terms = {plan.slots[v].term: (rendered.batches[v], rendered.batches[v + 1]) for v in range(0, len(plan.slots), 2)}
+        return Views(**terms, rows=rendered.rows, num_skipped=len(rendered.bad_rows))

@@ -79,7 +79,7 @@ def _permuted(start, stop, num_images, seed, epoch):  # type: ignore[no-untyped-
         while True:
             left, right = value >> np.uint64(bits), value & mask
             for r in range(_ROUNDS):
-                word, _, _, _ = philox4x32(right, np.uint64(_STREAM), np.uint64(r), np.uint64(0), np.uint64(seed), np.uint64(epoch))
+                word = philox4x32(right, np.uint64(_STREAM), np.uint64(r), np.uint64(0), np.uint64(seed), np.uint64(epoch))[0]
                 left, right = right, left ^ (word & mask)
             value = (left << np.uint64(bits)) | right
             if value < np.uint64(num_images):

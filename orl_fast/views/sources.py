@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class PatchStore:
         self.rows: NDArray[np.int64] = open_array(folder, "roi_row")
         self._shard, self._offset, self._size = (open_array(folder, name) for name in ("shard", "offset", "size"))
         self._folder = folder
-        self._maps: dict[int, mmap.mmap] = {}
+        self._map = lru_cache(_MAX_OPEN_MAPS)(partial(_map_shard, folder))  # a map in use lives on in its views
 
     @classmethod
     def open(cls, folder: Path, *, made_from: Mapping[str, str]) -> "PatchStore":
@@ -52,19 +53,14 @@ class PatchStore:
         except ValueError as error:
             raise DataError(f"{self._folder}: patch {i} lies beyond the end of its tar; remove the folder and run {_REMEDY}") from error
 
-    def _map(self, shard: int) -> mmap.mmap:
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            path = self._folder / f"patches-{shard:06d}.tar"
-            try:
-                with path.open("rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path}: cannot be read ({error}); remove {self._folder} and run {_REMEDY}") from error
-            if len(self._maps) >= _MAX_OPEN_MAPS:
-                self._maps.clear()  # maps in use live on in their views
-            self._maps[shard] = mapped
-        return mapped
+
+def _map_shard(folder: Path, shard: int) -> mmap.mmap:
+    path = folder / f"patches-{shard:06d}.tar"
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove {folder} and run {_REMEDY}") from error
 
 
 class PatchedSource:
