@@ -1,11 +1,12 @@
 """Backbones: torchvision's classifiers without their pooling and classifier, from random weights."""
 
+import copy
 import difflib
 from collections import OrderedDict
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
 from orl_fast.errors import ConfigError
@@ -90,18 +91,10 @@ def _trunk(model: nn.Module) -> "OrderedDict[str, nn.Module]":
 
 def _num_features(backbone: Backbone, name: str) -> int:
     """The channels of the feature map, found by a forward pass without arithmetic (meta device)."""
-    state = {key: value.to("meta") for key, value in backbone.state_dict().items()}
-    training = backbone.training
     try:
-        probe = torch.empty(1, 3, _PROBE_PX, _PROBE_PX, device="meta")
-        with torch.no_grad():
-            features: Tensor = torch.func.functional_call(backbone.eval(), state, (probe,))
-        if features.ndim != 4:
-            raise ValueError(f"its trunk gives {tuple(features.shape)}")
-    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+        _, num_features, _, _ = copy.deepcopy(backbone).to("meta").eval()(torch.empty(1, 3, _PROBE_PX, _PROBE_PX, device="meta")).shape
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"model.backbone = {name!r}: gives no feature map [B, C, h, w]; use a convolutional one, for example resnet50"
         ) from error
-    finally:
-        backbone.train(training)
-    return int(features.shape[1])
+    return int(num_features)

@@ -78,8 +78,7 @@ def load_encoder(path: Path) -> Encoder:
         config = config_from_dict(values["config"], where=str(path))
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away; the caller's generator must not move
             branch = Branch(config.model)
-        state = {key.removeprefix("online."): value for key, value in values["model"].items() if key.startswith("online.")}
-        branch.load_state_dict(state)
+        branch.load_state_dict({key.removeprefix("online."): value for key, value in values["model"].items() if key.startswith("online.")})
     except (ConfigError, RuntimeError) as error:
         raise DataError(
             f"{path}: does not fit this version of orl-fast ({error}); train again, or use the version {values['versions']}"
@@ -121,6 +120,5 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 def _digest_weights(branch: nn.Module) -> str:
     weights = hashlib.sha256()
     for name, value in branch.state_dict().items():
-        weights.update(name.encode())
-        weights.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        weights.update(name.encode() + value.cpu().numpy().tobytes())
     return weights.hexdigest()[:16]

@@ -7,12 +7,7 @@ from orl_fast.models.backbone import init_kaiming
 
 def projector(num_features: int, *, hidden: int, out: int) -> nn.Sequential:
     """[B, num_features] pooled features → [B, out] (ORL, appendix A): Linear → BN → ReLU → Linear without bias."""
-    head = nn.Sequential(
-        nn.Linear(num_features, hidden),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, out, bias=False),
-    )
+    head = nn.Sequential(nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out, bias=False))
     init_kaiming(head)
     return head
 
