@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,6 @@ def _uploaded(views: Views, device: torch.device, stream: torch.cuda.Stream) -> 
             moved.record_stream(current)  # its memory is used by the computation, beyond the upload's stream
         return first, second
 
-    moved = Views(image=move(views.image), intra=move(views.intra), inter=move(views.inter), rows=views.rows, num_skipped=views.num_skipped)
+    moved = replace(views, image=move(views.image), intra=move(views.intra), inter=move(views.inter))
     current.wait_stream(stream)
     return moved
