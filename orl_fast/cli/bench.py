@@ -16,9 +16,7 @@ NAMES = ("proposals", "filter", "neighbors", "mine", "loader", "shard", "step")
 @click.command()
 @click.argument("name", type=click.Choice([*NAMES, "all"]))
 @click.argument("source", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Result file [default: bench-results/NAME.json]."
-)
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Result [default: bench-results/NAME.json].")
 @click.option("--quick", is_flag=True, help="Smaller inputs and fewer rounds: a look, not a figure to quote.")
 def command(name: str, source: Path | None, json_path: Path | None, quick: bool) -> None:
     """Measure NAME against its baselines, in turn, in one run.
@@ -38,8 +36,7 @@ def _run(name: str, source: Path | None, json_path: Path, *, quick: bool) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    folder = benchmark_folder()
-    harness, bench = _load(folder, "harness"), _load(folder, f"bench_{name}")
+    harness, bench = _load("harness"), _load(f"bench_{name}")
     title = f"orl-fast bench {name}" + (" --quick" if quick else "")
     rows = bench.run(source, quick=quick)
     table = Table("", "rate (median)", "spread (IQR)", "ratio", title=title, title_justify="left")
@@ -56,24 +53,13 @@ def _run(name: str, source: Path | None, json_path: Path, *, quick: bool) -> Non
     click.echo(f"written: {json_path}, {json_path.with_suffix('.png')}")
 
 
-def benchmark_folder() -> Path:
-    """benchmarks/ of a checkout, or its copy in an installed package.
-
-    Raises:
-        DataError: neither is there.
-    """
-    package = Path(orl_fast.__file__).parent
-    for folder in (package.parent / "benchmarks", package.parent / "orl_fast_benchmarks"):
-        if (folder / "harness.py").is_file():
-            return folder
-    raise DataError(f"{package.parent}: the benchmarks are not installed beside the package; run from a checkout of the repository")
-
-
-def _load(folder: Path, name: str) -> ModuleType:
-    """Import one benchmark module by its file; they import each other as `benchmarks.…`."""
-    qualified = f"benchmarks.{name}"
+def _load(module: str) -> ModuleType:
+    """Import from the benchmarks/ of a checkout, or from its copy in an installed package; they import each other as `benchmarks.…`."""
+    home = Path(orl_fast.__file__).parent.parent
+    folders = [str(folder) for folder in (home / "benchmarks", home / "orl_fast_benchmarks") if (folder / "harness.py").is_file()]
+    if not folders:
+        raise DataError(f"{home}: the benchmarks are not installed beside the package; run from a checkout of the repository")
     if "benchmarks" not in sys.modules:
-        package = ModuleType("benchmarks")
-        package.__path__ = [str(folder)]
-        sys.modules["benchmarks"] = package
-    return importlib.import_module(qualified)
+        package = sys.modules["benchmarks"] = ModuleType("benchmarks")
+        package.__path__ = folders
+    return importlib.import_module(f"benchmarks.{module}")

@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 JPEG_QUALITY = 95
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _MAX_SIDE_PX = 65_500  # libjpeg's limit
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all Huffman coded
 _STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
 _TURNS = {  # EXIF orientation → what makes the image upright
@@ -63,33 +64,27 @@ def packed_image(data: bytes) -> PackedImage:
 
 
 def _packed(data: bytes) -> PackedImage:
+    odd = []  # why the bytes cannot be kept
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         image.load()  # raises where data is missing
-        oddities = _oddities(image, data)
-        if not oddities:
-            return PackedImage(jpeg=data, width=image.width, height=image.height, reencoded=None)
+        if image.format not in ("JPEG", "MPO"):
+            odd.append(str(image.format))
+        elif _frame(data) not in _PLAIN_FRAMES:
+            odd.append("arithmetic-coded or lossless JPEG")
+        if image.mode not in ("RGB", "L"):
+            odd.append(image.mode)
         turn = _TURNS.get(_orientation(image))
+        if turn is not None:
+            odd.append("EXIF rotation")
+        if not odd:
+            return PackedImage(jpeg=data, width=image.width, height=image.height, reencoded=None)
         upright = _eight_bit(image if turn is None else image.transpose(turn))
     if max(upright.size) > _MAX_SIDE_PX:
         raise BadImage(f"too large: a side of {max(upright.size)} px, JPEG has at most {_MAX_SIDE_PX}")
     upright.info.clear()  # or Pillow copies comments into the JPEG
     buffer = io.BytesIO()
     upright.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return PackedImage(jpeg=buffer.getvalue(), width=upright.width, height=upright.height, reencoded=" ".join(oddities))
-
-
-def _oddities(image: Image.Image, data: bytes) -> list[str]:
-    """Why the bytes cannot be kept; empty for a plain JPEG."""
-    odd = []
-    if image.format not in ("JPEG", "MPO"):
-        odd.append(image.format or "unknown")
-    elif _check_structure(data) not in _PLAIN_FRAMES:
-        odd.append("arithmetic-coded or lossless JPEG")
-    if image.mode not in ("RGB", "L"):
-        odd.append(image.mode)
-    if _orientation(image) in _TURNS:
-        odd.append("EXIF rotation")
-    return odd
+    return PackedImage(jpeg=buffer.getvalue(), width=upright.width, height=upright.height, reencoded=" ".join(odd))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -99,25 +94,24 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _check_structure(jpeg: bytes) -> int:
+def _frame(jpeg: bytes) -> int:
     """The code of the frame header (SOF).
 
     Raises:
         BadImage: no end marker follows the first scan, so that decoders fill in what is missing.
     """
-    at, frame = 2, 0
-    while at + 4 <= len(jpeg):
+    at, code, frame = 2, 0, 0
+    while code != 0xDA and at + 4 <= len(jpeg):
         if jpeg[at] != 0xFF:
             raise BadImage("damaged JPEG: a marker is missing")
         code = jpeg[at + 1]
-        if code == 0xFF or code in _STANDALONE:
-            at += 1 if code == 0xFF else 2
-            continue
-        if 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
-            frame = code
-        if code == 0xDA:
-            break
-        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        if code == 0xFF:  # filling
+            at += 1
+        elif code in _STANDALONE:
+            at += 2
+        else:
+            frame = code if code in _FRAMES else frame
+            at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
     if jpeg.rfind(b"\xff\xd9", at) < 0:
         raise BadImage("truncated JPEG: the end marker is missing")
     return frame
