@@ -5,15 +5,17 @@ features do not depend on where a run was interrupted or on how many processes s
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.nn.functional import normalize as unit_length
 
@@ -21,7 +23,7 @@ from orl_fast.config import MiningConfig
 from orl_fast.console import log
 from orl_fast.errors import DataError
 from orl_fast.files import human_bytes, require_free_space
-from orl_fast.mining.parts import array_writer, part_path
+from orl_fast.mining.parts import Advance, array_writer, part_path
 from orl_fast.models import Encoder
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable
@@ -30,12 +32,19 @@ from orl_fast.views.plan import ViewPlan, center_crops, roi_crops
 from orl_fast.views.renderer import Renderer
 
 _Item = TypeVar("_Item")
+_Plans = Callable[[range], Iterator[ViewPlan]]  # of some images
 _AHEAD = 2  # rendered plans that wait for the encoder
+
+
+def image_views(index: ShardIndex, images: range, mining: MiningConfig) -> ViewPlan:
+    """Whole images, Resize + CenterCrop, without augmentation."""
+    rows = np.asarray(images, np.int64)
+    return center_crops(rows, heights=index.heights, widths=index.widths, resize_px=mining.resize_px, crop_px=mining.crop_px)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureWriter:
-    """Encodes whole shards, and writes one file of features for each.
+    """Encodes whole shards, in evaluation mode, and writes one file of features for each.
 
     Attributes:
         folder: of the table. advance: told how many views are done.
@@ -47,67 +56,50 @@ class FeatureWriter:
     mining: MiningConfig
     renderer: Renderer
     device: torch.device
-    advance: Callable[[int], None]
+    advance: Advance
 
     def write_images(self, shards: Sequence[int]) -> None:
-        """Write features-NNNNNN.npy, [n, projector_out] float32 of unit length, for some shards (stage 2 i).
+        """Write features-NNNNNN.npy, [n, projector_out] float32 of unit length: the online projector's output on `image_views` (i)."""
+        batch = self.mining.encode_batch
 
-        The online projector's output on Resize + CenterCrop, without augmentation, in evaluation mode.
-        """
-        index, mining = self.index, self.mining
+        def plans(images: range) -> Iterator[ViewPlan]:
+            return (image_views(self.index, images[i : i + batch], self.mining) for i in range(0, len(images), batch))
 
-        def plans() -> Iterator[tuple[int, ViewPlan]]:
-            for shard in shards:
-                rows = np.asarray(index.shard_rows(shard), np.int64)
-                for block in np.split(rows, range(mining.encode_batch, len(rows), mining.encode_batch)):
-                    sizes = {"heights": index.heights, "widths": index.widths}
-                    yield shard, center_crops(block, **sizes, resize_px=mining.resize_px, crop_px=mining.crop_px)
-
-        shapes = {shard: (len(index.shard_rows(shard)), self.encoder.config.model.projector_out) for shard in shards}
-        self._write("features", self._encoded(plans(), self.encoder.projected), shapes, np.float32)
+        self._write("features", shards, plans, self.encoder.projected, np.float32)
 
     def write_rois(self, shards: Sequence[int], rois: BoxTable) -> None:
-        """Write roi-features-NNNNNN.npy, [RoIs of the shard, C] float16 of unit length, for some shards (stage 2 ii).
+        """Write roi-features-NNNNNN.npy, [RoIs of the shard, C] float16 of unit length (stage 2 ii).
 
-        The online backbone's globally pooled output on each RoI, resized to a square, in evaluation mode. Every RoI is encoded once; the
-        reference does so about eleven times.
+        The online backbone's globally pooled output on each RoI, resized to a square. Every RoI is encoded once; the reference does so
+        about eleven times.
 
         Raises:
             DataError: the disk lacks the room, which is known beforehand.
         """
-        shapes = {shard: (rois.num_of(self.index.shard_rows(shard)), self.encoder.num_features) for shard in shards}
-        num_rois = sum(num for num, _ in shapes.values())
+        num_rois = sum(rois.num_of(self.index.shard_rows(shard)) for shard in shards)
         num_bytes = num_rois * self.encoder.num_features * 2
         log.info("RoI features: %s RoIs, %s in %s", f"{num_rois:,}", human_bytes(num_bytes), self.folder)
         require_free_space(self.folder, num_bytes=num_bytes, purpose="RoI features")
 
-        def plans() -> Iterator[tuple[int, ViewPlan]]:
-            for shard in shards:
-                for images in _groups(rois, self.index.shard_rows(shard), at_most=self.mining.encode_batch):
-                    rows = np.repeat(np.asarray(images, np.int64), np.diff(rois.offsets[images.start : images.stop + 1]))
-                    boxes = rois.boxes[rois.offsets[images.start] : rois.offsets[images.stop]]
-                    yield shard, roi_crops(rows, boxes, size_px=self.mining.roi_size_px)
+        def plans(images: range) -> Iterator[ViewPlan]:
+            for some in _groups(rois, images, at_most=self.mining.encode_batch):
+                offsets = rois.offsets[some.start : some.stop + 1]
+                boxes = rois.boxes[offsets[0] : offsets[-1]]
+                yield roi_crops(np.repeat(np.asarray(some, np.int64), np.diff(offsets)), boxes, size_px=self.mining.roi_size_px)
 
-        self._write("roi-features", self._encoded(plans(), self.encoder.pooled), shapes, np.float16)
+        self._write("roi-features", shards, plans, self.encoder.pooled, np.float16)
 
-    def _write(
-        self, name: str, encoded: Iterator[tuple[int, Tensor]], shapes: Mapping[int, tuple[int, int]], dtype: type[np.floating[Any]]
-    ) -> None:
-        for shard, blocks in groupby(encoded, key=lambda entry: entry[0]):
-            with array_writer(part_path(self.folder, name, shard), shape=shapes[shard], dtype=dtype) as write:
-                for _, features in blocks:
-                    write(features.numpy())
+    def _write(self, name: str, shards: Sequence[int], plans: _Plans, forward: Callable[[Tensor], Tensor], dtype: DTypeLike) -> None:
+        """Render the plans of each shard's images, ahead of the encoder; encode them in full batches, and write unit vectors."""
+        rendered = _ahead((shard, self._views(plan)) for shard in shards for plan in plans(self.index.shard_rows(shard)))
+        for shard, views in groupby(rendered, key=itemgetter(0)):
+            with array_writer(part_path(self.folder, name, shard)) as write:
+                for batch in _full_batches((pixels for _, pixels in views), self.mining.encode_batch):
+                    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+                        features = forward(normalize(batch.to(self.device, non_blocking=True)))
+                        features = unit_length(features.float(), dim=1).cpu()
+                    write(features.numpy().astype(dtype))
                     self.advance(len(features))
-
-    def _encoded(self, plans: Iterable[tuple[int, ViewPlan]], forward: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Render (shard, plan) ahead of the encoder; yield (shard, [b, D] float32 of unit length, on the CPU) in full batches."""
-        rendered = _ahead((shard, self._views(plan)) for shard, plan in plans)
-        for shard, group in groupby(rendered, key=lambda entry: entry[0]):
-            for batch in _full_batches((pixels for _, pixels in group), self.mining.encode_batch):
-                with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-                    features = forward(normalize(batch.to(self.device, non_blocking=True)))
-                    features = unit_length(features.float(), dim=1).cpu()
-                yield shard, features
 
     def _views(self, plan: ViewPlan) -> Tensor:
         rendered = self.renderer.render(plan)

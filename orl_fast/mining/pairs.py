@@ -5,10 +5,9 @@ pairs depends on neither blocks nor threads nor the device; pairs equal in float
 """
 
 import io
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from orl_fast.config import Compat
-from orl_fast.files import atomic_file
-from orl_fast.mining.parts import array_writer, join_arrays, part_path
+from orl_fast.files import write_array
+from orl_fast.mining.parts import Advance, array_writer, join_arrays, open_part, part_path, tar_writer
 from orl_fast.shards import ShardIndex
-from orl_fast.shards.writer import BLOCK_BYTES, tar_header
-from orl_fast.tables import BoxTable, PairTable, num_pairs, open_array
+from orl_fast.tables import BoxTable, PairTable, num_pairs
 
 # One row per pair. Numbers of RoIs within their images; the cosine as float32.
 PAIR = np.dtype([("query_roi", "<i2"), ("partner_roi", "<i2"), ("similarity", "<f4")])
@@ -32,15 +30,13 @@ class RoiFeatures:
     """Features of RoIs, read from the shards' memory-mapped files: `of(i)` is [R, C] float16 of unit length."""
 
     def __init__(self, folder: Path, index: ShardIndex, rois: BoxTable) -> None:
-        self._folder, self._index, self._rois = folder, index, rois
-        self._part = lru_cache(maxsize=256)(lambda shard: open_array(folder, f"roi-features-{shard:06d}"))  # a map holds a descriptor
+        self._index, self._rois = index, rois
+        self._part = lru_cache(maxsize=256)(partial(open_part, folder, "roi-features"))  # a map holds a descriptor
 
     def of(self, image: int) -> NDArray[np.float16]:
         shard = int(self._index.shard_ids[image])
-        first = self._rois.offsets[self._index.shard_rows(shard).start]
-        start, stop = self._rois.offsets[image] - first, self._rois.offsets[image + 1] - first
-        part: NDArray[np.float16] = self._part(shard)
-        return part[start:stop]
+        start, stop = self._rois.offsets[image : image + 2] - self._rois.offsets[self._index.shard_rows(shard).start]
+        return self._part(shard)[start:stop]
 
 
 def top_pairs(
@@ -92,50 +88,34 @@ class PairMiner:
     compat: Compat
     device: torch.device
 
-    def mine(self, shards: Sequence[int], advance: Callable[[int], None]) -> None:
+    def mine(self, shards: Sequence[int], advance: Advance) -> None:
         """Write pairs-NNNNNN.npy, [T] of PAIR, for some shards."""
         for shard in shards:
-            images = self.index.shard_rows(shard)
-            num = int(self._counts(images).sum())
-            with array_writer(part_path(self.folder, "pairs", shard), shape=(num,), dtype=PAIR) as write:
-                for image in images:
-                    partners = [self.features.of(neighbor) for neighbor in self.neighbors[image].tolist()]
-                    query = self.features.of(image)
+            with array_writer(part_path(self.folder, "pairs", shard)) as write:
+                for image in self.index.shard_rows(shard):
+                    query, partners = self.features.of(image), [self.features.of(row) for row in self.neighbors[image].tolist()]
                     found = top_pairs(query, partners, pair_ratio=self.pair_ratio, compat=self.compat, device=self.device)
                     write(np.concatenate(found))
                     advance(1)
 
     def join(self) -> None:
         """Write the arrays of the PairTable, and pairs-NNNNNN.tar beside them."""
-        num_images, num_neighbors = self.neighbors.shape
-        shards = range(self.index.num_shards)
+        folder, shards = self.folder, range(self.index.num_shards)
         counts = [self._counts(self.index.shard_rows(shard)) for shard in shards]
-        num = int(sum(count.sum() for count in counts))
-        shape = (num_images, num_neighbors)
-        ends = np.cumsum([0, *(count.sum() for count in counts)])
-        firsts = (end + (np.cumsum(count) - count.reshape(-1)).reshape(count.shape) for end, count in zip(ends, counts, strict=False))
-        join_arrays(self.folder / "neighbors.npy", self._blocks(self.neighbors), shape=shape, dtype=np.int64)
-        join_arrays(self.folder / "first.npy", firsts, shape=shape, dtype=np.int64)
-        join_arrays(self.folder / "count.npy", counts, shape=shape, dtype=np.int32)
-        for name, column, dtype in (
-            ("query_roi", "query_roi", np.int16),
-            ("partner_roi", "partner_roi", np.int16),
-            ("similarities", "similarity", np.float32),
-        ):
-            parts = (open_array(self.folder, f"pairs-{shard:06d}")[column] for shard in shards)
-            join_arrays(self.folder / f"{name}.npy", parts, shape=(num,), dtype=dtype)
-        write_pair_shards(self.folder, index=self.index, rois=self.rois, pairs=PairTable.open(self.folder))
+        starts = np.cumsum([0, *(count.sum() for count in counts)])
+        firsts = (start + np.cumsum(count).reshape(count.shape) - count for start, count in zip(starts, counts, strict=False))
+        write_array(folder / "neighbors.npy", self.neighbors)
+        join_arrays(folder / "first.npy", firsts)
+        join_arrays(folder / "count.npy", counts)
+        for array, column in (("query_roi", "query_roi"), ("partner_roi", "partner_roi"), ("similarities", "similarity")):
+            join_arrays(folder / f"{array}.npy", (open_part(folder, "pairs", shard)[column] for shard in shards))
+        write_pair_shards(folder, index=self.index, rois=self.rois, pairs=PairTable.open(folder))
 
     def _counts(self, images: range) -> NDArray[np.int32]:
         """[n, K]: pairs of each image of a shard with each of its neighbors."""
         ends, neighbors = self.rois.offsets, self.neighbors[images.start : images.stop]
         queries, partners = np.diff(ends[images.start : images.stop + 1]), ends[neighbors + 1] - ends[neighbors]
         return num_pairs(queries[:, None], partners, pair_ratio=self.pair_ratio, compat=self.compat).astype(np.int32)
-
-    def _blocks(self, array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        for shard in range(self.index.num_shards):
-            rows = self.index.shard_rows(shard)
-            yield array[rows.start : rows.stop]
 
 
 def write_pair_shards(folder: Path, *, index: ShardIndex, rois: BoxTable, pairs: PairTable) -> None:
@@ -145,7 +125,7 @@ def write_pair_shards(folder: Path, *, index: ShardIndex, rois: BoxTable, pairs:
     partner's box (xyxy), by neighbor, best first; {key}.similarity.npy [n] float32.
     """
     for shard in range(index.num_shards):
-        with atomic_file(folder / index.shard_paths[shard].name.replace("images", "pairs")) as file:
+        with tar_writer(folder / index.shard_paths[shard].name.replace("images", "pairs")) as add:
             for image in index.shard_rows(shard):
                 neighbors, counts = pairs.neighbors[image], pairs.count[image]
                 rows = np.concatenate([np.arange(n) + first for first, n in zip(pairs.first[image], counts, strict=True)])
@@ -161,6 +141,4 @@ def write_pair_shards(folder: Path, *, index: ShardIndex, rois: BoxTable, pairs:
                 for name, array in components.items():
                     buffer = io.BytesIO()
                     np.save(buffer, np.ascontiguousarray(array))
-                    data = buffer.getvalue()
-                    file.write(tar_header(f"{index.keys[image]}.{name}.npy", len(data)) + data + bytes(-len(data) % BLOCK_BYTES))
-            file.write(bytes(2 * BLOCK_BYTES + -(file.tell() + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE))
+                    add(f"{index.keys[image]}.{name}.npy", buffer.getvalue())

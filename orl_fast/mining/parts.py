@@ -6,19 +6,24 @@ made from. `table.json` is written last: without it, the folder is no table.
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from orl_fast.console import log
+from orl_fast.console import log, progress
 from orl_fast.files import atomic_file, write_json
-from orl_fast.tables import TableInfo, table_info, write_info
+from orl_fast.shards.writer import BLOCK_BYTES, tar_header
+from orl_fast.tables import TableInfo, open_array, table_info, write_info
 
+Advance = Callable[[int], None]
+Work = Callable[[list[int], Advance], None]
+Finish = Callable[[], None]
 UNFINISHED = "unfinished.json"
 
 
@@ -35,65 +40,51 @@ class Share:
     barrier: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardedTable:
-    """How to make one table shard by shard.
+def make_table(
+    path: Path, info: TableInfo, work: Work, finish: Finish | None = None, *, last: str, sizes: Sequence[int], unit: str, share: Share
+) -> None:
+    """Make a table together with the other processes, unless it is up to date. What an earlier run has done of it is kept.
 
-    Attributes:
-        path: the table's folder. info: what it is made from.
-        num_shards: how many parts.
+    Args:
+        work: does some shards. finish: joins the parts into the table's arrays; None where the parts are the arrays.
         last: the array that a shard's part is finished with; its file tells that the shard is done.
-        work: does some shards, each of which ends with `part(last, shard)`.
-        finish: joins the parts into the table's arrays; None where the parts are the arrays.
+        sizes: what there is to do in each shard, in `unit`, for the progress bar.
     """
-
-    path: Path
-    info: TableInfo
-    num_shards: int
-    last: str
-    work: Callable[[list[int]], None]
-    finish: Callable[[], None] | None = None
-
-    def is_current(self) -> bool:
-        found = table_info(self.path)
-        return found is not None and found.fingerprint == self.info.fingerprint
-
-    def make(self, share: Share) -> None:
-        """Fill and finish the table, together with the other processes. What an earlier run has done of it is kept."""
+    found = table_info(path)
+    if found is not None and found.fingerprint == info.fingerprint:
+        log.info("%s: up to date", info.kind)
+    else:
+        share.barrier()  # all have looked
         if share.rank == 0:
-            self._prepare()
+            _prepare(path, info)
         share.barrier()
-        shards = range(share.rank, self.num_shards, share.world_size)
-        self.work([shard for shard in shards if not part_path(self.path, self.last, shard).exists()])
+        mine = range(share.rank, len(sizes), share.world_size)
+        waiting = [shard for shard in mine if not part_path(path, last, shard).exists()]
+        total, left = (sum(sizes[shard] for shard in shards) for shards in (mine, waiting))
+        with progress(info.kind, total=total, unit=unit, done=total - left) as advance:
+            work(waiting, advance)
         share.barrier()
         if share.rank == 0:
-            if self.finish is not None:
-                self.finish()
-            write_info(self.path, self.info)
-            self.clean()
+            if finish is not None:
+                finish()
+            write_info(path, info)
         share.barrier()
+    if share.rank == 0 and (path / UNFINISHED).exists():
+        useless = [*path.glob("*.partial"), *(path.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].npy") if finish else ())]
+        for file in (*useless, path / UNFINISHED):
+            file.unlink()
 
-    def clean(self) -> None:
-        """Remove what is of no use once the table is whole, for a run that was killed before it could."""
-        if (self.path / UNFINISHED).exists():
-            if self.finish is not None:
-                for part in self.path.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].npy"):
-                    part.unlink()
-            for leftover in self.path.glob("*.partial"):
-                leftover.unlink()
-            (self.path / UNFINISHED).unlink()
 
-    def _prepare(self) -> None:
-        mark = self.path / UNFINISHED
-        wanted = {"kind": self.info.kind, "fingerprint": self.info.fingerprint}
-        if mark.exists() and table_info(self.path) is None and json.loads(mark.read_text()) == wanted:
-            log.info("%s: goes on where it stopped", self.info.kind)
-            return
-        if self.path.exists():
-            (self.path / "table.json").unlink(missing_ok=True)  # first, so that half a table never passes for a whole one
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
-        write_json(mark, wanted)
+def _prepare(path: Path, info: TableInfo) -> None:
+    mark, wanted = path / UNFINISHED, {"kind": info.kind, "fingerprint": info.fingerprint}
+    if mark.exists() and table_info(path) is None and json.loads(mark.read_text()) == wanted:
+        log.info("%s: goes on where it stopped", info.kind)
+        return
+    if path.exists():
+        (path / "table.json").unlink(missing_ok=True)  # first, so that half a table never passes for a whole one
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+    write_json(mark, wanted)
 
 
 def part_path(path: Path, name: str, shard: int) -> Path:
@@ -101,27 +92,46 @@ def part_path(path: Path, name: str, shard: int) -> Path:
     return path / f"{name}-{shard:06d}.npy"
 
 
+def open_part(path: Path, name: str, shard: int) -> NDArray[Any]:
+    """Memory-map one array of one shard."""
+    return open_array(path, part_path(path, name, shard).stem)
+
+
 @contextmanager
-def array_writer(path: Path, *, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[Callable[[NDArray[Any]], None]]:
-    """Write an .npy file of known shape block by block, atomically: memory holds one block."""
-    kind = np.dtype(dtype)
-    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": tuple(int(side) for side in shape)}
-    written = 0
+def array_writer(path: Path) -> Iterator[Callable[[NDArray[Any]], None]]:
+    """Write an .npy file atomically, block by block, at least one; all have the type of the first, and its shape but for the rows."""
+    header: dict[str, Any] = {}
     with atomic_file(path) as file:
-        np.lib.format.write_array_header_1_0(file, header)
 
         def write(block: NDArray[Any]) -> None:
-            nonlocal written
-            written += len(block)
-            file.write(np.ascontiguousarray(block, kind).data)
+            if not header:
+                header.update(descr=np.lib.format.dtype_to_descr(block.dtype), fortran_order=False, shape=(0, *block.shape[1:]))
+                np.lib.format.write_array_header_1_0(file, header)
+            header["shape"] = (header["shape"][0] + len(block), *block.shape[1:])
+            file.write(np.ascontiguousarray(block).data)
 
         yield write
-        if written != shape[0]:
-            raise AssertionError(f"{path}: {written} rows written of {shape[0]} announced")
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, header)  # as long as before: numpy leaves room for any number of rows
 
 
-def join_arrays(path: Path, blocks: Iterable[NDArray[Any]], *, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+def join_arrays(path: Path, blocks: Iterable[NDArray[Any]]) -> None:
     """Write blocks, one after another, as one .npy file."""
-    with array_writer(path, shape=shape, dtype=dtype) as write:
+    with array_writer(path) as write:
         for block in blocks:
             write(block)
+
+
+@contextmanager
+def tar_writer(path: Path) -> Iterator[Callable[[str, bytes], int]]:
+    """Write a tar atomically; what it yields adds a file and returns the place of its first byte."""
+    with atomic_file(path) as file:
+
+        def add(name: str, data: bytes) -> int:
+            file.write(tar_header(name, len(data)))
+            offset = file.tell()
+            file.write(data + bytes(-len(data) % BLOCK_BYTES))
+            return offset
+
+        yield add
+        file.write(bytes(2 * BLOCK_BYTES + -(file.tell() + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE))

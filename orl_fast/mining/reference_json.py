@@ -215,7 +215,7 @@ def _save_boxes(stage: Stage, kind: str, boxes: BoxTable, settings: dict[str, An
     with new_table(stage.folder / kind, info) as folder:
         save_shards(folder, range(index.num_shards), boxes, index=index)
         if kind == "rois":
-            join_boxes(folder, index=index)
+            join_boxes(folder, num_shards=index.num_shards)
             for part in folder.glob("*-??????.npy"):
                 part.unlink()
     return info

@@ -9,10 +9,10 @@ made from the same images and the same checkpoint.
 
 import fcntl
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,23 @@ import torch
 from orl_fast.config import Config
 from orl_fast.console import human_time, log, log_to_file, progress
 from orl_fast.errors import DataError, StaleError
-from orl_fast.mining.features import FeatureWriter
+from orl_fast.mining.features import FeatureWriter, image_views
 from orl_fast.mining.neighbors import EXACT_LIMIT, find_neighbors
 from orl_fast.mining.objects import annotation_files, digest_files, object_boxes
 from orl_fast.mining.pairs import PairMiner, RoiFeatures
-from orl_fast.mining.parts import ShardedTable, Share, array_writer, join_arrays
-from orl_fast.mining.patches import PatchPacker
-from orl_fast.mining.rois import COUNTS, Proposer, filter_shards, join_boxes, save_shards
+from orl_fast.mining.parts import Advance, Finish, Share, Work, array_writer, join_arrays, make_table, open_part
+from orl_fast.mining.patches import join_patches, pack_shards
+from orl_fast.mining.rois import COUNTS, filter_shards, join_boxes, propose_shards, save_shards
 from orl_fast.models import Encoder, load_encoder
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, new_table, open_array, open_info, table_info
-from orl_fast.views.plan import PATCH_SIDE_PX, center_crops
+from orl_fast.views.plan import PATCH_SIDE_PX
 from orl_fast.views.renderer import choose_renderer
 
 STEPS = ("features", "neighbors", "proposals", "rois", "pairs")
-Advance = Callable[[int], None]
 IMPORTED = "imported"  # a setting of tables that `orl-fast import` wrote; mining keeps them
+# The imported tables that make a step needless.
+_SPARED_BY = {step: (step,) for step in STEPS} | {"features": ("neighbors",), "proposals": ("proposals", "rois")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,10 @@ class Stage:
         with self._alone_here():
             for step in steps:
                 start_s = time.monotonic()
-                getattr(self, f"_make_{step}")()
+                if imported := self._imported_for(step):
+                    log.info("%s: not made, the imported %s are kept", step, imported)
+                else:
+                    getattr(self, f"_make_{step}")()
                 self.times_s[step] = time.monotonic() - start_s
 
     def summary(self) -> list[str]:
@@ -120,93 +124,67 @@ class Stage:
         return open_info(self.folder / step, step, made_from=made_from, remedy=f"orl-fast mine {step}")
 
     def _make_features(self) -> None:
-        if self._is_imported("neighbors"):
-            log.info("features: not needed, the neighbors were imported")
-            return
         mining, folder = self.config.mining, self.folder / "features"
-        shape = (len(self.index), self.encoder.config.model.projector_out)
 
         def work(shards: list[int], advance: Advance) -> None:
             with self._feature_writer(folder, advance) as writer:
                 writer.write_images(shards)
 
         def finish() -> None:
-            parts = (open_array(folder, f"features-{shard:06d}") for shard in range(self.index.num_shards))
-            join_arrays(folder / "features.npy", parts, shape=shape, dtype=np.float32)
+            join_arrays(folder / "features.npy", (open_part(folder, "features", shard) for shard in range(self.index.num_shards)))
 
         info = self._describe("features", {"encoder": self.encoder.fingerprint}, resize_px=mining.resize_px, crop_px=mining.crop_px)
-        self._make(info, "features", work, finish)
+        self._make(info, work, finish)
 
     def _make_neighbors(self) -> None:
-        if self._is_imported("neighbors"):
-            self._tell_imported("neighbors")
-            return
-        features, found = self.info("features"), table_info(self.folder / "neighbors")
+        features, exact = self.info("features"), len(self.index) <= self.exact_limit
         made_from = {"encoder": features.made_from["encoder"], "features": features.fingerprint}
-        exact = len(self.index) <= self.exact_limit
-        mined = int(found.settings.get("num_neighbors", 0)) if found else 0
-        # The first K of more neighbors are the K neighbors.
-        info = self._describe("neighbors", made_from, num_neighbors=max(self.num_neighbors, mined), exact=exact)
-        is_current = found is not None and found.fingerprint == info.fingerprint
+        info = self._describe("neighbors", made_from, num_neighbors=self.num_neighbors, exact=exact)
+        is_current = _serves(table_info(self.folder / "neighbors"), info)
         self.share.barrier()  # all have looked
         if is_current:
             log.info("neighbors: up to date")
         elif self.share.rank == 0:
-            self._write_neighbors(replace(info, settings={**info.settings, "num_neighbors": self.num_neighbors}))
+            self._write_neighbors(info)
         self.share.barrier()
 
     def _write_neighbors(self, info: TableInfo) -> None:
-        features = open_array(self.folder / "features", "features")
-        shape = (len(features), self.num_neighbors)
-        use_gpu = self.device.type == "cuda"
+        features, use_gpu = open_array(self.folder / "features", "features"), self.device.type == "cuda"
+        found = find_neighbors(
+            features, num_neighbors=self.num_neighbors, exact_limit=self.exact_limit, use_gpu=use_gpu, num_threads=self.num_workers
+        )
         with (
             new_table(self.folder / "neighbors", info) as folder,
-            array_writer(folder / "neighbors.npy", shape=shape, dtype=np.int64) as write_neighbors,
-            array_writer(folder / "similarities.npy", shape=shape, dtype=np.float32) as write_similarities,
-            progress("neighbors", total=shape[0], unit="images") as advance,
+            array_writer(folder / "neighbors.npy") as write_neighbors,
+            array_writer(folder / "similarities.npy") as write_similarities,
+            progress("neighbors", total=len(features), unit="images") as advance,
         ):
-            for block in find_neighbors(
-                features, num_neighbors=shape[1], exact_limit=self.exact_limit, use_gpu=use_gpu, num_threads=self.num_workers
-            ):
+            for block in found:
                 write_neighbors(block.neighbors)
                 write_similarities(block.similarities)
                 advance(len(block.neighbors))
 
     def _make_proposals(self) -> None:
-        if self.keep_imported and (self._is_imported("proposals") or self._is_imported("rois")):
-            self._tell_imported("proposals")
-            return
         mining, folder = self.config.mining, self.folder / "proposals"
         if mining.proposals == "coco-annotations":
             files = annotation_files(self.index, self.annotations)
             info = self._describe("proposals", {"annotations": digest_files(files)}, backend=mining.proposals)
-            self._make(info, COUNTS, lambda shards, _: save_shards(folder, shards, object_boxes(self.index, files), index=self.index))
+            self._make(info, lambda shards, _: save_shards(folder, shards, object_boxes(self.index, files), index=self.index), last=COUNTS)
             return
         backend, seed = mining.proposals, mining.proposal_seed
-        proposer = Proposer(folder=folder, index=self.index, backend=backend, seed=seed, num_workers=self.num_workers)
-        self._make(self._describe("proposals", {}, backend=backend, seed=seed), COUNTS, proposer.propose)
+        work = partial(propose_shards, folder, index=self.index, backend=backend, seed=seed, num_workers=self.num_workers)
+        self._make(self._describe("proposals", {}, backend=backend, seed=seed), work, last=COUNTS)
 
     def _make_rois(self) -> None:
-        if self.keep_imported and self._is_imported("rois"):
-            self._tell_imported("rois")
-            return
-        mining, folder, proposals = self.config.mining, self.folder / "rois", self.folder / "proposals"
-        limits = {name: getattr(mining, name) for name in ("min_side_px", "max_aspect", "max_iou", "max_rois")}
-
-        def work(shards: list[int], advance: Advance) -> None:
-            filter_shards(
-                folder, shards, index=self.index, proposals=proposals, limits=limits, num_threads=self.num_workers, advance=advance
-            )
-
+        folder, proposals = self.folder / "rois", self.folder / "proposals"
+        limits = {name: getattr(self.config.mining, name) for name in ("min_side_px", "max_aspect", "max_iou", "max_rois")}
+        work = partial(filter_shards, folder, index=self.index, source=proposals, limits=limits, num_threads=self.num_workers)
         info = self._describe("rois", {"proposals": self.info("proposals").fingerprint}, **limits)
-        self._make(info, COUNTS, work, lambda: join_boxes(folder, index=self.index))
+        self._make(info, work, partial(join_boxes, folder, num_shards=self.index.num_shards), last=COUNTS)
 
     def _make_pairs(self) -> None:
         mining, compat, folder = self.config.mining, self.config.compat, self.folder / "pairs"
-        if self.keep_imported and self._is_imported("pairs"):
-            self._tell_imported("pairs")
-            return
-        found, neighbors, rois = table_info(folder), self.info("neighbors"), self.info("rois")
+        neighbors, rois = self.info("neighbors"), self.info("rois")
         there = int(neighbors.settings["num_neighbors"])
         if there < self.num_neighbors:
             raise StaleError(
@@ -214,8 +192,9 @@ class Stage:
                 f"run orl-fast mine neighbors --neighbors {self.num_neighbors}"
             )
         made_from = {"encoder": self.encoder.fingerprint, "neighbors": neighbors.fingerprint, "rois": rois.fingerprint}
-        wanted = {"num_neighbors": self.num_neighbors, "pair_ratio": mining.pair_ratio, "compat": compat}
-        info = self._describe("pairs", made_from, roi_size_px=mining.roi_size_px, **wanted)
+        sizes = {"roi_size_px": mining.roi_size_px, "num_neighbors": self.num_neighbors, "pair_ratio": mining.pair_ratio}
+        info = self._describe("pairs", made_from, **sizes, compat=compat)
+        found = table_info(folder)
         if found is not None and _serves(found, info):
             info = found
         else:
@@ -231,7 +210,7 @@ class Stage:
             compat=compat,
             device=self.device,
         )
-        self._make(info, "pairs", miner.mine, miner.join)
+        self._make(info, miner.mine, miner.join)
 
     def _make_roi_features(self, rois: TableInfo) -> None:
         folder, table = self.folder / "roi-features", BoxTable.open(self.folder / "rois")
@@ -241,58 +220,40 @@ class Stage:
                 writer.write_rois(shards, table)
 
         made_from = {"encoder": self.encoder.fingerprint, "rois": rois.fingerprint}
-        info = self._describe("roi-features", made_from, roi_size_px=self.config.mining.roi_size_px)
-        self._make(info, "roi-features", work, unit="RoIs", size=lambda shard: table.num_of(self.index.shard_rows(shard)))
+        self._make(self._describe("roi-features", made_from, roi_size_px=self.config.mining.roi_size_px), work, rois=table)
 
     def _make_patches(self) -> None:
-        made_from = {name: self.info(name).fingerprint for name in ("rois", "pairs")}
+        folder, made_from = self.folder / "patches", {name: self.info(name).fingerprint for name in ("rois", "pairs")}
         rois, pairs = BoxTable.open(self.folder / "rois"), PairTable.open(self.folder / "pairs")
-        packer = PatchPacker(folder=self.folder / "patches", index=self.index, rois=rois, pairs=pairs, num_workers=self.num_workers)
-        self._make(self._describe("patches", made_from, side_px=PATCH_SIDE_PX), "patches", packer.pack, packer.join)
+        work = partial(pack_shards, folder, index=self.index, rois=rois, pairs=pairs, num_workers=self.num_workers)
+        finish = partial(join_patches, folder, num_shards=self.index.num_shards)
+        self._make(self._describe("patches", made_from, side_px=PATCH_SIDE_PX), work, finish)
 
     def _describe(self, kind: str, made_from: dict[str, str], **settings: Any) -> TableInfo:
         return TableInfo(kind=kind, made_from={"index": self.index.fingerprint, **made_from}, settings=settings)
 
     def _make(
-        self,
-        info: TableInfo,
-        last: str,
-        work: Callable[[list[int], Advance], None],
-        finish: Callable[[], None] | None = None,
-        *,
-        unit: str = "images",
-        size: Callable[[int], int] | None = None,
+        self, info: TableInfo, work: Work, finish: Finish | None = None, *, last: str | None = None, rois: BoxTable | None = None
     ) -> None:
-        """Make a table shard by shard, unless it is up to date; `size` is a shard's, in `unit`. See `ShardedTable`."""
-        share, num_shards = self.share, self.index.num_shards
-        size = size or (lambda shard: len(self.index.shard_rows(shard)))
+        """Make a table shard by shard, see `make_table`; `rois`: they are what progress counts."""
+        size, unit = (len, "images") if rois is None else (rois.num_of, "RoIs")
+        sizes = [size(self.index.shard_rows(shard)) for shard in range(self.index.num_shards)]
+        make_table(self.folder / info.kind, info, work, finish, last=last or info.kind, sizes=sizes, unit=unit, share=self.share)
 
-        def run(shards: list[int]) -> None:
-            total = sum(map(size, range(share.rank, num_shards, share.world_size)))
-            with progress(info.kind, total=total, unit=unit, done=total - sum(map(size, shards))) as advance:
-                work(shards, advance)
-
-        table = ShardedTable(path=self.folder / info.kind, info=info, num_shards=num_shards, last=last, work=run, finish=finish)
-        if not table.is_current():
-            table.make(share)
-            return
-        log.info("%s: up to date", info.kind)
-        if share.rank == 0:
-            table.clean()
-
-    def _is_imported(self, step: str) -> bool:
-        found = table_info(self.folder / step)
-        return found is not None and IMPORTED in found.settings and self.info(step) is not None
-
-    def _tell_imported(self, step: str) -> None:
-        found = table_info(self.folder / step)
-        there = int(found.settings.get("num_neighbors", self.num_neighbors)) if found else self.num_neighbors
-        if there < self.num_neighbors:
-            raise StaleError(
-                f"{self.folder / step}: imported with {there} neighbors, {self.num_neighbors} are asked for; "
-                f"use --neighbors {there}, or remove the folder and mine"
-            )
-        log.info("%s: imported, kept as they are", step)
+    def _imported_for(self, step: str) -> str | None:
+        """The imported table that makes a step needless, checked as by `info`; None where there is none."""
+        for name in _SPARED_BY.get(step, ()):
+            found = table_info(self.folder / name)
+            if found is None or IMPORTED not in found.settings or not (self.keep_imported or name == "neighbors"):
+                continue
+            there = int(self.info(name).settings.get("num_neighbors", self.num_neighbors))
+            if there < self.num_neighbors:
+                raise StaleError(
+                    f"{self.folder / name}: imported with {there} neighbors, {self.num_neighbors} are asked for; "
+                    f"use --neighbors {there}, or remove the folder and mine"
+                )
+            return name
+        return None
 
     @contextmanager
     def _alone_here(self) -> Iterator[None]:
@@ -320,34 +281,24 @@ class Stage:
 
     @contextmanager
     def _feature_writer(self, folder: Path, advance: Advance) -> Iterator[FeatureWriter]:
-        rows = np.arange(min(len(self.index), 64), dtype=np.int64)
-        mining, heights, widths = self.config.mining, self.index.heights, self.index.widths
-        trial = center_crops(rows, heights=heights, widths=widths, resize_px=mining.resize_px, crop_px=mining.crop_px)
-        with ShardReader(self.index) as reader:
-            renderer = choose_renderer(reader, self.config.loader, trial=trial, device=self.device, num_threads=self.num_workers)
-            try:
-                yield FeatureWriter(
-                    folder=folder,
-                    index=self.index,
-                    encoder=self.encoder,
-                    mining=mining,
-                    renderer=renderer,
-                    device=self.device,
-                    advance=advance,
-                )
-            finally:
-                renderer.close()
+        index, mining, device = self.index, self.config.mining, self.device
+        trial = image_views(index, range(min(len(index), 64)), mining)
+        with (
+            ShardReader(index) as reader,
+            closing(choose_renderer(reader, self.config.loader, trial=trial, device=device, num_threads=self.num_workers)) as renderer,
+        ):
+            yield FeatureWriter(
+                folder=folder, index=index, encoder=self.encoder, mining=mining, renderer=renderer, device=device, advance=advance
+            )
 
 
-def _serves(found: TableInfo, wanted: TableInfo) -> bool:
-    """Whether a pair table holds at least the pairs wanted, which are then prefixes of its entries (`PairTable.limited`)."""
-    limits = ("num_neighbors", "pair_ratio", "compat")
-    settings = {name: value for name, value in found.settings.items() if name not in limits}
-    others = {name: value for name, value in wanted.settings.items() if name not in limits}
-    return (
-        found.made_from == wanted.made_from
-        and settings == others
-        and found.settings["num_neighbors"] >= wanted.settings["num_neighbors"]
-        and found.settings["pair_ratio"] >= wanted.settings["pair_ratio"]
-        and found.settings["compat"] in (wanted.settings["compat"], "paper")  # a share of all entries includes the official share
-    )
+def _serves(found: TableInfo | None, wanted: TableInfo) -> bool:
+    """Whether a table holds at least what is wanted, which is then a prefix of each of its entries (see `PairTable.limited`)."""
+    if found is None:
+        return False
+    have = dict(found.settings)
+    for name in {"num_neighbors", "pair_ratio"} & have.keys() & wanted.settings.keys():
+        have[name] = min(have[name], wanted.settings[name])
+    if have.get("compat") == "paper":  # a share of all entries includes the official share
+        have["compat"] = wanted.settings["compat"]
+    return replace(found, settings=have) == wanted
