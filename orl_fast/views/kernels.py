@@ -63,14 +63,13 @@ def render_crops(  # type: ignore[no-untyped-def]
                         _shift_hue(planes[0], planes[1], planes[2], np.int64(hues[m] * 255))
                 elif factors[m, op] != 1:
                     _adjust(planes[0], planes[1], planes[2], op, factors[m, op])
-            r, g, b_ = planes[0], planes[1], planes[2]
             if grays[m]:
-                r = g = b_ = _gray(r, g, b_)
+                planes = _gray(planes[0], planes[1], planes[2]).reshape(1, size * size)
             if sigmas[m] > 0:
-                for c in range(1 if grays[m] else 3):
-                    _blur(r if c == 0 else (g if c == 1 else b_), size, sigmas[m])
+                for plane in planes:
+                    _blur(plane, size, sigmas[m])
             view = out[start + b * size * size * 3 : start + (b + 1) * size * size * 3]
-            _interleave(r, g, b_, solarized[m], view)
+            _interleave(planes[0], planes[len(planes) // 2], planes[-1], solarized[m], view)
         start += num_samples * size * size * 3
 
 
