@@ -6,15 +6,6 @@ from orl_fast.models.heads import predictor, projector
 from orl_fast.models.momentum import Branch, frozen_copy, project, update_target
 
 __all__ = [
-    "Backbone",
-    "Branch",
-    "Encoder",
-    "build_backbone",
-    "frozen_copy",
-    "load_encoder",
-    "predictor",
-    "project",
-    "projector",
-    "read_checkpoint",
-    "update_target",
-]
+    "Backbone", "Branch", "Encoder", "build_backbone", "frozen_copy", "load_encoder", "predictor", "project", "projector",
+    "read_checkpoint", "update_target",
+]  # fmt: skip

@@ -46,7 +46,7 @@ def build_backbone(name: str) -> Backbone:
     # GoogLeNet and Inception warn about their slow default initialization unless told.
     options = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **options)
-    backbone = Backbone(_trunk(model))
+    backbone = _trunk(model)
     backbone.num_features = _num_features(backbone, name)
     if isinstance(model, torchvision.models.ResNet):
         init_kaiming(backbone)
@@ -55,14 +55,13 @@ def build_backbone(name: str) -> Backbone:
 
 def _small_resnet() -> Backbone:
     """A ResNet for views of 32 to 64 px and minutes of CPU time: one block per stage, 16 to 128 channels, a 3 × 3 stem, no max pooling."""
-    trunk: OrderedDict[str, nn.Module] = OrderedDict(
-        conv1=nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), bn1=nn.BatchNorm2d(16), relu=nn.ReLU(inplace=True)
-    )
-    trunk["layer1"] = nn.Sequential(BasicBlock(16, 16))
+    stem = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+    layer1 = nn.Sequential(BasicBlock(16, 16))
+    backbone = Backbone(OrderedDict(conv1=stem, bn1=nn.BatchNorm2d(16), relu=nn.ReLU(inplace=True), layer1=layer1))
     for stage, channels in ((2, 32), (3, 64), (4, 128)):
         shortcut = nn.Sequential(conv1x1(channels // 2, channels, stride=2), nn.BatchNorm2d(channels))
-        trunk[f"layer{stage}"] = nn.Sequential(BasicBlock(channels // 2, channels, stride=2, downsample=shortcut))
-    backbone = Backbone(trunk)
+        block = BasicBlock(channels // 2, channels, stride=2, downsample=shortcut)
+        backbone.add_module(f"layer{stage}", nn.Sequential(block))
     backbone.num_features = 128
     init_kaiming(backbone)
     return backbone
@@ -77,15 +76,15 @@ def init_kaiming(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def _trunk(model: nn.Module) -> "OrderedDict[str, nn.Module]":
+def _trunk(model: nn.Module) -> Backbone:
     """The children up to the pooling; torchvision lists them in the order in which `forward` calls them."""
-    trunk: OrderedDict[str, nn.Module] = OrderedDict()
+    trunk = Backbone()
     for name, child in model.named_children():
         if isinstance(child, _POOLING) or name in ("classifier", "head", "heads"):
             break
-        trunk[name] = child
+        trunk.add_module(name, child)
     if isinstance(model, torchvision.models.DenseNet):
-        trunk["relu"] = nn.ReLU(inplace=True)  # the model's forward applies it as a function
+        trunk.add_module("relu", nn.ReLU(inplace=True))  # the model's forward applies it as a function
     return trunk
 
 
