@@ -33,10 +33,9 @@ class CpuRenderer:
 
     def __init__(self, source: ImageSource, *, num_threads: int = 0) -> None:
         self._source = source
-        num_threads = num_threads or len(os.sched_getaffinity(0))
-        self._decoder = Decoder(num_threads)
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="render")
-        self._num_threads = num_threads
+        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._decoder = Decoder(self._num_threads)
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="render")
 
     def render(self, plan: ViewPlan) -> Rendered:
         sources, places = np.unique(plan.crops.source, return_inverse=True)

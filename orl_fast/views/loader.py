@@ -1,6 +1,5 @@
 """The loader: for every step the views of its images, rendered ahead in the background."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,29 +27,20 @@ _BATCHES_AT_WORK = 2  # one is decoded while the other is drawn
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """One micro-batch: for each term of the loss its two views, [B, 3, S, S] uint8 channels_last; None where it is not drawn.
-
-    Attributes:
-        rows: [B] int64, the images.
-        num_skipped: images left out of this batch, because they (or their neighbor) could not be decoded.
-    """
+    """One micro-batch: for each term of the loss its two views, [B, 3, S, S] uint8 channels_last; None where it is not drawn."""
 
     image: tuple[Tensor, Tensor] | None = None
     intra: tuple[Tensor, Tensor] | None = None
     inter: tuple[Tensor, Tensor] | None = None
-    rows: Rows
-    num_skipped: int = 0
+    rows: Rows  # [B] the images
+    num_skipped: int = 0  # images left out because they, or their neighbor, could not be decoded
 
 
 class ViewLoader:
     """Iterates over micro-batches of views; a second `for` goes on where the first stopped. Close it, or use it as a context manager.
 
     What it yields depends on the data, the seed and the step alone: not on threads, prefetching or speed; ranks and accumulation only share
-    a global batch (see `Sampler`). A step number is its whole state.
-
-    Attributes:
-        wait_s: seconds that the consumer has waited for data so far.
-        num_skipped: images left out so far because they could not be decoded.
+    a global batch (see `Sampler`). A step number is its whole state. `num_skipped` images were left out so far.
     """
 
     def __init__(
@@ -86,7 +76,7 @@ class ViewLoader:
             num_images=num_images, micro_batch=batch_size, world_size=world_size, accumulate=accumulate, seed=seed, drop_last=drop_last
         )
         self.renderer = renderer
-        self.wait_s, self.num_skipped = 0.0, 0
+        self.num_skipped = 0
         self._draw, self._name_of, self._rank = draw, name_of, rank
         self._logged: set[int] = set()
         self._ahead = prefetch
@@ -165,9 +155,7 @@ class ViewLoader:
     def __next__(self) -> Views:
         if not self._pending:
             raise StopIteration
-        start_s = time.perf_counter()
         views = self._pending.popleft().result()
-        self.wait_s += time.perf_counter() - start_s
         self.num_skipped += views.num_skipped
         self._fill()
         return views

@@ -32,29 +32,17 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """M crops, one entry each: crop the box, resize it (bilinear, antialiased), flip, change colors in `order`, grayscale, blur, solarize.
+    """M crops: cut out the box, resize it (bilinear, antialiased), flip, change colors in `order`, grayscale, blur, solarize."""
 
-    Attributes:
-        source: [M] int64, row of the image read from; from N on: number of a stored partner patch, plus N.
-        box: [M, 4] float32 xyxy, pixels of the source.
-        flip: [M] bool.
-        order: [M, 4] uint8, a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue.
-        factors: [M, 3] float32, of brightness, contrast and saturation; 1: unchanged.
-        hue: [M] float32, turns; 0: unchanged.
-        grayscale: [M] bool.
-        blur_sigma: [M] float32, pixels of the view; 0: none.
-        solarize: [M] bool; values from 128 on are inverted.
-    """
-
-    source: NDArray[np.int64]
-    box: NDArray[np.float32]
-    flip: NDArray[np.bool_]
-    order: NDArray[np.uint8]
-    factors: NDArray[np.float32]
-    hue: NDArray[np.float32]
-    grayscale: NDArray[np.bool_]
-    blur_sigma: NDArray[np.float32]
-    solarize: NDArray[np.bool_]
+    source: NDArray[np.int64]  # [M] row of the image read from; from N on: number of a stored partner patch, plus N
+    box: NDArray[np.float32]  # [M, 4] xyxy, pixels of the source
+    flip: NDArray[np.bool_]  # [M]
+    order: NDArray[np.uint8]  # [M, 4] a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue
+    factors: NDArray[np.float32]  # [M, 3] of brightness, contrast and saturation; 1: unchanged
+    hue: NDArray[np.float32]  # [M] turns; 0: unchanged
+    grayscale: NDArray[np.bool_]  # [M]
+    blur_sigma: NDArray[np.float32]  # [M] pixels of the view; 0: none
+    solarize: NDArray[np.bool_]  # [M] values from 128 on are inverted
 
     def __len__(self) -> int:
         return len(self.source)
@@ -80,17 +68,13 @@ class Crops:
 class ViewPlan:
     """A batch of views.
 
-    Attributes:
-        rows: [B] int64, the images of the batch.
-        slots: what is rendered of each.
-        crops: B * len(slots) crops, slot by slot: view v of sample b is crop v * B + b.
-        beyond_box: the resize filter may read the source's pixels around a box, as when a whole image is resized and then cropped
-            (evaluation); False: the box is cut out first (training).
+    `beyond_box`: the resize filter may read the source's pixels around a box, as when a whole image is resized and then cropped
+    (evaluation); False: the box is cut out first (training).
     """
 
-    rows: Rows
-    slots: tuple[Slot, ...]
-    crops: Crops
+    rows: Rows  # [B] the images of the batch
+    slots: tuple[Slot, ...]  # what is rendered of each
+    crops: Crops  # B * len(slots), slot by slot: view v of sample b is crop v * B + b
     beyond_box: bool = False
 
 

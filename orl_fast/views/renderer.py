@@ -20,28 +20,19 @@ _TRIALS = 3
 
 
 class ImageSource(Protocol):
-    """Encoded images by row: a ShardReader, or a PatchedSource."""
+    """Encoded images by row, without a copy: a ShardReader, or a PatchedSource."""
 
-    def view(self, i: int, /) -> NDArray[np.uint8]:
-        """The bytes of image `i`, without a copy."""
-        ...
+    def view(self, i: int, /) -> NDArray[np.uint8]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """The views of a plan, without the samples of which a source could not be decoded.
+    """The views of a plan, without the samples of which a source could not be decoded."""
 
-    Attributes:
-        batches: per slot, [B', 3, S, S] uint8, channels_last.
-        rows: [B'] int64, the images rendered.
-        bad_rows: [B - B'] int64, the images dropped.
-        bad_sources: what could not be decoded: rows, and numbers of patches (see `Crops.source`).
-    """
-
-    batches: tuple[torch.Tensor, ...]
-    rows: Rows
-    bad_rows: Rows
-    bad_sources: Rows
+    batches: tuple[torch.Tensor, ...]  # per slot, [B', 3, S, S] uint8, channels_last
+    rows: Rows  # [B'] the images rendered
+    bad_rows: Rows  # [B - B'] the images dropped
+    bad_sources: Rows  # what could not be decoded: rows, and numbers of patches (see `Crops.source`)
 
 
 class Renderer(Protocol):
@@ -91,11 +82,10 @@ def choose_renderer(
             return CpuRenderer(source, num_threads=threads)
         from orl_fast.views.gpu import DaliRenderer
 
-        if kind == "dali-cpu":
-            return DaliRenderer(source, num_threads=threads)
-        if not on_gpu:
+        if kind == "gpu" and not on_gpu:
             raise ConfigError("loader.renderer = gpu: this run has no CUDA device; use loader.renderer=cpu or auto")
-        return DaliRenderer(source, num_threads=threads, device=device, hw_decoder_load=loader.hw_decoder_load)
+        chosen = device if kind == "gpu" else None
+        return DaliRenderer(source, num_threads=threads, device=chosen, hw_decoder_load=loader.hw_decoder_load)
 
     if loader.renderer != "auto":
         return open_one(loader.renderer)

@@ -20,19 +20,16 @@ class Sampler:
     The s-th global batch of an epoch holds its positions s * G … (s + 1) * G - 1, G = micro_batch * world_size * accumulate, however ranks
     and accumulation share it: micro-batch m of rank r takes the (m * world_size + r)-th part.
 
-    Attributes:
-        micro_batch: images per rank and forward pass.
-        drop_last: leave out an epoch's last, incomplete global batch; else it is kept and smaller.
     Raises:
         ConfigError: there are fewer images than a global batch holds, and drop_last.
     """
 
     num_images: int
-    micro_batch: int
+    micro_batch: int  # images per rank and forward pass
     world_size: int = 1
     accumulate: int = 1
     seed: int
-    drop_last: bool = True
+    drop_last: bool = True  # leave out an epoch's last, incomplete global batch; else it is kept and smaller
 
     def __post_init__(self) -> None:
         if min(self.num_images, self.micro_batch, self.world_size, self.accumulate) < 1:
