@@ -233,17 +233,24 @@ def _checked(boxes: ArrayLike, name: str) -> NDArray[Any]:
     return rows
 
 
-@nb.njit(cache=True, nogil=True)
-def _room_for(num, dtype):  # type: ignore[no-untyped-def]
-    """[5, num + a block]: x1, y1, x2, y2 and area of kept boxes. An empty place has area NaN, so that nothing overlaps it."""
-    kept = np.zeros((5, num + _BLOCK), dtype)
-    kept[4] = np.nan
-    return kept
-
-
-@nb.njit(cache=True, nogil=True)
-def _keep(kept, num, x1, y1, x2, y2, area):  # type: ignore[no-untyped-def]
-    kept[0, num], kept[1, num], kept[2, num], kept[3, num], kept[4, num] = x1, y1, x2, y2, area
+@nb.njit(cache=True, nogil=True, error_model="numpy")
+def _greedy(boxes, order, nan, min_side, max_aspect, max_iou, max_kept):  # type: ignore[no-untyped-def]
+    """The rows kept of those in `order`, computed in the float type of `nan`; min_side 0 asks for neither sides nor aspect."""
+    rows, num = np.empty(min(len(order), max_kept), np.int64), 0
+    kept = np.full((5, len(rows) + _BLOCK), nan)  # x1, y1, x2, y2 and area; nothing overlaps an empty place
+    kind = kept.dtype.type
+    for row in order:
+        x1, y1, x2, y2 = kind(boxes[row, 0]), kind(boxes[row, 1]), kind(boxes[row, 2]), kind(boxes[row, 3])
+        w, h = x2 - x1, y2 - y1
+        if min_side > 0 and (not (w >= min_side and h >= min_side) or w / h > max_aspect or h / w > max_aspect):
+            continue
+        if not _overlaps_kept(kept, num, x1, y1, x2, y2, w * h, max_iou):
+            kept[0, num], kept[1, num], kept[2, num], kept[3, num], kept[4, num] = x1, y1, x2, y2, w * h
+            rows[num] = row
+            num += 1
+            if num == len(rows):
+                break
+    return rows[:num]
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
@@ -269,40 +276,16 @@ def _overlaps_kept(kept, num, x1, y1, x2, y2, area, max_iou):  # type: ignore[no
     return False
 
 
-@nb.njit(cache=True, nogil=True, error_model="numpy")
+@nb.njit(cache=True, nogil=True)
 def _nms_kernel(boxes, order, max_iou):  # type: ignore[no-untyped-def]
-    kept = _room_for(len(boxes), boxes.dtype)
-    rows, num = np.empty(len(boxes), np.int64), 0
-    for row in order:
-        x1, y1, x2, y2 = boxes[row, 0], boxes[row, 1], boxes[row, 2], boxes[row, 3]
-        area = (x2 - x1) * (y2 - y1)
-        if not _overlaps_kept(kept, num, x1, y1, x2, y2, area, max_iou):
-            _keep(kept, num, x1, y1, x2, y2, area)
-            rows[num] = row
-            num += 1
-    return rows[:num]
+    return _greedy(boxes, order, boxes.dtype.type(np.nan), 0.0, 0.0, max_iou, len(order))
 
 
-@nb.njit(cache=True, nogil=True, error_model="numpy")
+@nb.njit(cache=True, nogil=True)
 def _filter_kernel(boxes, min_side, max_aspect, max_iou, max_rois):  # type: ignore[no-untyped-def]
-    """The rows kept, in order."""
-    rows, num = np.empty(min(len(boxes), max_rois), np.int64), 0
-    kept = _room_for(len(rows), np.float64)
-    for row in range(len(boxes)):
-        x1, y1 = np.float64(boxes[row, 0]), np.float64(boxes[row, 1])
-        x2, y2 = np.float64(boxes[row, 2]), np.float64(boxes[row, 3])
-        w, h = x2 - x1, y2 - y1
-        if not (w > 0 and h > 0) or w < min_side or h < min_side or w / h > max_aspect or h / w > max_aspect:
-            continue
-        if not _overlaps_kept(kept, num, x1, y1, x2, y2, w * h, max_iou):
-            _keep(kept, num, x1, y1, x2, y2, w * h)
-            rows[num] = row
-            num += 1
-            if num == len(rows):
-                break
-    if num == 0:
-        rows[0] = 0
-    return rows[: max(1, num)]
+    smallest = max(min_side, np.finfo(np.float64).tiny)  # empty boxes are never kept
+    rows = _greedy(boxes, range(len(boxes)), np.nan, smallest, max_aspect, max_iou, max_rois)
+    return rows if len(rows) > 0 else np.zeros(1, np.int64)
 
 
 @nb.njit(cache=True, nogil=True)
