@@ -31,8 +31,7 @@ def command(
     click.echo(f"  {manifest.num_original} with their original bytes, {sum(manifest.reencoded.values())} re-encoded")
     for reason, count in manifest.reencoded.items():
         click.echo(f"    {count:6d} {reason}")
-    absent = sum(source.num_absent for source in manifest.sources)
-    if absent:
+    if absent := sum(source.num_absent for source in manifest.sources):
         click.echo(f"  {absent} images of the annotation file are not on disk")
     if manifest.quarantined:
         click.echo(f"  {len(manifest.quarantined)} set aside (all of them in {folder / 'manifest.json'}):")

@@ -21,10 +21,10 @@ def command(folder: Path | None, fast: bool, decode: bool, workers: int | None) 
 
     path = default_shards(folder)
     faults = verify_shards(path, fast=fast, decode=decode, num_workers=workers)
-    for fault in faults:
-        click.echo(f"{fault.file}: {fault.message}")
+    for file, message in faults:
+        click.echo(f"{file}: {message}")
     if faults:
-        files = len({fault.file for fault in faults})
+        files = len({file for file, _ in faults})
         raise DataError(f"{path}: {files} files are at fault; restore them, or pack the images again with orl-fast shard --overwrite")
     index = ShardIndex.open(path)
     click.echo(f"{path}: {len(index)} images in {index.num_shards} shards are as they were packed ({index.fingerprint})")

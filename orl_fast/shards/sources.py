@@ -19,8 +19,7 @@ _MAX_KEY = 80  # with a number after it and ".json" it fits the 100 bytes of a t
 _IMAGES_ARRAY = re.compile(r'"images"\s*:\s*(?=\[)')
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(NamedTuple):
     """A folder of images, and the COCO annotation file that gives their order and ids, if there is one."""
 
     folder: Path

@@ -75,8 +75,7 @@ def write_shards(
     listing = list_images(found)
     _tell(listing)
     inputs = hashlib.sha256(f"{VERSION} {shard_size} {MAX_SHARD_BYTES} {JPEG_QUALITY} {listing.digest()}".encode()).hexdigest()
-    finished = None if overwrite else _finished(out, inputs=inputs)
-    if finished is not None:
+    if not overwrite and (finished := _finished(out, inputs=inputs)):
         shutil.rmtree(out / WORK_NAME, ignore_errors=True)  # left where a run was killed after its last file
         log.info("%s: up to date, %d images in %d shards", out, finished.num_images, finished.num_shards)
         return finished
@@ -85,12 +84,11 @@ def write_shards(
         waiting = [(number, images) for number, images in cuts if not _report_path(out, number).exists()]
         sizes = [image.num_bytes + 4 * BLOCK_BYTES for _, images in waiting for image in images]
         require_free_space(out, num_bytes=sum(sizes), purpose="packing")
-        num_images = len(listing.images)
-        num_done = num_images - len(sizes)
+        num_done = len(listing.images) - len(sizes)
         if num_done:
-            log.info("%s: goes on after %d of %d images", out, num_done, num_images)
+            log.info("%s: goes on after %d of %d images", out, num_done, len(listing.images))
         pack = partial(_pack_shard, out, [source.folder for source in found])
-        with progress("pack", total=num_images, unit="images", done=num_done) as advance:
+        with progress("pack", total=len(listing.images), unit="images", done=num_done) as advance:
             for count in run_in_workers(pack, waiting, num_workers=min(num_workers or num_cores(), len(waiting))):
                 advance(count)
         return _finish(listing, [_report_path(out, number) for number, _ in cuts], out, inputs=inputs)
@@ -206,11 +204,11 @@ def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str
             reencoded.update(report["reencoded"])
             _renumber(path, report, len(shards), out)
             texts = [name.encode("utf-8", "surrogateescape") for name in report["names"]]
+            file.write(b"".join(texts))
             table = np.array([tuple(row) for row in report["rows"]], ROW)
             table["name_end"] = name_end + np.cumsum([len(text) for text in texts])
             table["shard"] = len(shards)
             name_end = int(table["name_end"][-1])
-            file.write(b"".join(texts))
             tables.append(table)
             shards.append((num_images, report["num_bytes"], report["sha256"].encode()))
             num_images += len(table)
