@@ -57,8 +57,7 @@ class CpuRenderer:
 
         # A few chunks per thread: enough to even out the work, few enough that Python is not felt.
         edges = np.unique(np.linspace(0, num, min(num, 8 * self._num_threads) + 1).astype(int)).tolist()
-        for _ in self._pool.map(draw, pairwise(edges)):
-            pass
+        list(self._pool.map(draw, pairwise(edges)))  # waits for all, and raises what one raised
         batches = [part.view(num, size, size, 3) for part, size in zip(out.tensor_split(ends[:-1].tolist()), sizes.tolist(), strict=True)]
         return without_bad(plan, batches, sources[addresses == 0])
 
