@@ -23,7 +23,7 @@ from orl_fast.config import MiningConfig
 from orl_fast.console import log
 from orl_fast.errors import DataError
 from orl_fast.files import human_bytes, require_free_space
-from orl_fast.mining.parts import Advance, array_writer, part_path
+from orl_fast.mining.parts import Advance, array_writer, part_path, pieces
 from orl_fast.models import Encoder
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable
@@ -60,10 +60,9 @@ class FeatureWriter:
 
     def write_images(self, shards: Sequence[int]) -> None:
         """Write features-NNNNNN.npy, [n, projector_out] float32 of unit length: the online projector's output on `image_views` (i)."""
-        batch = self.mining.encode_batch
 
         def plans(images: range) -> Iterator[ViewPlan]:
-            return (image_views(self.index, images[i : i + batch], self.mining) for i in range(0, len(images), batch))
+            return (image_views(self.index, some, self.mining) for some in pieces(images, self.mining.encode_batch))
 
         self._write("features", shards, plans, self.encoder.projected, np.float32)
 

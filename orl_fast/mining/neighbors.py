@@ -7,7 +7,7 @@ The query is left out by its row; the reference drops whatever is ranked first, 
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from orl_fast.console import log
 from orl_fast.errors import DataError
+from orl_fast.mining.parts import pieces
+from orl_fast.tables import NeighborTable
 
 EXACT_LIMIT = 4_000_000  # images; beyond, an exact search of all by all takes longer than the rest of the stage
 _QUERY_BLOCK = 8192
@@ -25,25 +27,16 @@ _BASE_BLOCK = 1 << 20
 _SPARE = 16  # candidates beyond K + 1
 _SURE = 4.0  # a candidate left out may score higher than faiss said by this many times the largest error seen
 _RECALL_SAMPLE = 1000
-
 _UNSURE_BLOCK, _UNSURE_BASE = 256, 1 << 16
 
 Features = NDArray[np.float32]
 Rows = NDArray[np.int64]
-Search = Callable[[Features, Features, int], tuple[Features, Rows]]  # queries, base, count → scores and rows, [B, count] each
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """The neighbors of some consecutive images: neighbors [B, K] int64, similarities [B, K] float32, best first."""
-
-    neighbors: NDArray[np.int64]
-    similarities: NDArray[np.float32]
+Search = Callable[[Features, int], tuple[Features, Rows]]  # queries, count → scores and rows, [B, count] each
 
 
 def find_neighbors(
     features: Features, *, num_neighbors: int, exact_limit: int = EXACT_LIMIT, use_gpu: bool = False, num_threads: int = 1
-) -> Iterator[Block]:
+) -> Iterator[NeighborTable]:
     """The `num_neighbors` rows nearest to each row by inner product, the row itself left out; of equal ones the lower row first.
 
     Memory is bounded by the blocks in work, whatever the number of rows; `features` may be a memory map. Above `exact_limit` rows an
@@ -52,7 +45,7 @@ def find_neighbors(
     Args:
         features: [N, D] float32, of unit length.
     Yields:
-        Blocks of rows, in order.
+        The neighbors of some consecutive images, in order.
     Raises:
         DataError: there are not more than `num_neighbors` rows.
     """
@@ -62,23 +55,23 @@ def find_neighbors(
             f"pack more images, or use --neighbors {max(1, len(features) - 1)}"
         )
     faiss.omp_set_num_threads(num_threads)
-    exact = len(features) <= exact_limit
-    search = _exact_search(use_gpu=use_gpu)
-    if not exact:
-        approximate = _ivf_search(features, use_gpu=use_gpu)
-        recall = _recall(features, approximate, search, num_neighbors=num_neighbors, num_threads=num_threads)
-        log.info("neighbors: IVF index; it finds %.2f %% of the exact %d neighbors of a sample", 100 * recall, num_neighbors)
-        search = approximate
-    for start in range(0, len(features), _QUERY_BLOCK):
-        rows = np.arange(start, min(start + _QUERY_BLOCK, len(features)))
-        yield _ranked(features, rows, search, num_neighbors=num_neighbors, exact=exact, num_threads=num_threads)
+    ranked = partial(_ranked, features, num_neighbors=num_neighbors, num_threads=num_threads)
+    find = partial(ranked, search=_exact_search(features, use_gpu=use_gpu), exact=True)
+    if len(features) > exact_limit:
+        find_exactly, find = find, partial(ranked, search=_ivf_search(features, use_gpu=use_gpu), exact=False)
+        sample = np.sort(np.random.default_rng(1).choice(len(features), min(len(features), _RECALL_SAMPLE), replace=False))
+        both = zip(find_exactly(sample).neighbors, find(sample).neighbors, strict=True)
+        recall = 100 * np.mean([np.isin(true, found).mean() for true, found in both])
+        log.info("neighbors: IVF index; it finds %.2f %% of the exact %d neighbors of a sample", recall, num_neighbors)
+    for rows in pieces(range(len(features)), _QUERY_BLOCK):
+        yield find(np.asarray(rows))
 
 
-def _ranked(features: Features, rows: Rows, search: Search, *, num_neighbors: int, exact: bool, num_threads: int) -> Block:
+def _ranked(features: Features, rows: Rows, search: Search, *, num_neighbors: int, exact: bool, num_threads: int) -> NeighborTable:
     """Rank candidates by products computed in a fixed order. Where a row left out might belong among them, compare with all rows."""
     num_candidates = min(num_neighbors + 1 + _SPARE, len(features))
     queries = np.ascontiguousarray(features[rows])
-    scores, candidates = search(queries, features, num_candidates)
+    scores, candidates = search(queries, num_candidates)
     products = _products(queries, features, candidates, num_threads=num_threads)
     found = candidates >= 0  # an inverted file may find fewer than asked for
     error = _SURE * float(np.abs(products - scores)[found].max(initial=0)) + float(np.finfo(np.float32).eps)
@@ -87,10 +80,11 @@ def _ranked(features: Features, rows: Rows, search: Search, *, num_neighbors: in
     unsure = worst == -np.inf
     if exact and num_candidates < len(features):
         unsure |= scores[:, -1] + error >= worst
-    num_unsure = int(unsure.sum())
-    if num_unsure:
-        log.debug("neighbors: %d of %d images have more near ties than candidates; they are compared with all", num_unsure, len(rows))
-    for group in _groups(np.flatnonzero(unsure)):
+    places = np.flatnonzero(unsure)
+    if not len(places):
+        return block
+    log.debug("neighbors: %d of %d images have more near ties than candidates; they are compared with all", len(places), len(rows))
+    for group in np.split(places, range(_UNSURE_BLOCK, len(places), _UNSURE_BLOCK)):
         for i, close in zip(group, _close_rows(features, queries[group], worst[group] - error), strict=True):
             products = _products(queries[i : i + 1], features, close[None], num_threads=1)
             best = _best(close[None], products, rows[i : i + 1], num_neighbors)
@@ -98,27 +92,24 @@ def _ranked(features: Features, rows: Rows, search: Search, *, num_neighbors: in
     return block
 
 
-def _best(candidates: Rows, products: NDArray[np.float64], rows: Rows, num_neighbors: int) -> Block:
+def _best(candidates: Rows, products: NDArray[np.float64], rows: Rows, num_neighbors: int) -> NeighborTable:
     products = np.where(candidates == rows[:, None], -np.inf, products)
     order = np.lexsort((candidates, -products), axis=1)[:, :num_neighbors]
-    return Block(
+    return NeighborTable(
         neighbors=np.take_along_axis(candidates, order, axis=1),
         similarities=np.take_along_axis(products, order, axis=1).astype(np.float32),
     )
 
 
-def _exact_search(*, use_gpu: bool) -> Search:
-    resources = faiss.StandardGpuResources() if use_gpu else None
+def _exact_search(features: Features, *, use_gpu: bool) -> Search:
+    knn = partial(faiss.knn_gpu, faiss.StandardGpuResources()) if use_gpu else faiss.knn
 
-    def search(queries: Features, features: Features, count: int) -> tuple[Features, Rows]:
+    def search(queries: Features, count: int) -> tuple[Features, Rows]:
         scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         for start in range(0, len(features), _BASE_BLOCK):
             base = np.ascontiguousarray(features[start : start + _BASE_BLOCK])
             size = min(count, len(base))
-            if resources is None:
-                new_scores, new_rows = faiss.knn(queries, base, size, metric=faiss.METRIC_INNER_PRODUCT)
-            else:
-                new_scores, new_rows = faiss.knn_gpu(resources, queries, base, size, metric=faiss.METRIC_INNER_PRODUCT)
+            new_scores, new_rows = knn(queries, base, size, metric=faiss.METRIC_INNER_PRODUCT)
             scores, rows = np.concatenate([scores, new_scores], axis=1), np.concatenate([rows, new_rows + start], axis=1)
             order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
             scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
@@ -131,9 +122,8 @@ def _ivf_search(features: Features, *, use_gpu: bool) -> Search:
     """An inverted file of half-precision vectors: 2 D bytes of memory per image."""
     num, dim = features.shape
     num_lists = max(1, int(4 * num**0.5))
-    index: Any = faiss.IndexIVFScalarQuantizer(
-        faiss.IndexFlatIP(dim), dim, num_lists, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-    )
+    flat, kind = faiss.IndexFlatIP(dim), faiss.ScalarQuantizer.QT_fp16
+    index: Any = faiss.IndexIVFScalarQuantizer(flat, dim, num_lists, kind, faiss.METRIC_INNER_PRODUCT)
     sample = np.random.default_rng(0).choice(num, min(num, 40 * num_lists), replace=False)
     index.nprobe = max(8, num_lists // 64)
     if use_gpu:
@@ -141,34 +131,17 @@ def _ivf_search(features: Features, *, use_gpu: bool) -> Search:
     index.train(np.ascontiguousarray(features[np.sort(sample)]))
     for start in range(0, num, _BASE_BLOCK):
         index.add(np.ascontiguousarray(features[start : start + _BASE_BLOCK]))
-
-    def search(queries: Features, features: Features, count: int) -> tuple[Features, Rows]:
-        del features
-        scores, rows = index.search(queries, count)
-        return scores, rows
-
+    search: Search = index.search
     return search
-
-
-def _recall(features: Features, approximate: Search, exact: Search, *, num_neighbors: int, num_threads: int) -> float:
-    """The share of exact neighbors that an approximate search finds, over a sample of queries."""
-    rows = np.sort(np.random.default_rng(1).choice(len(features), min(len(features), _RECALL_SAMPLE), replace=False))
-    found = _ranked(features, rows, approximate, num_neighbors=num_neighbors, exact=False, num_threads=num_threads).neighbors
-    true = _ranked(features, rows, exact, num_neighbors=num_neighbors, exact=True, num_threads=num_threads).neighbors
-    return float(np.mean([np.isin(a, b).mean() for a, b in zip(true, found, strict=True)]))
-
-
-def _groups(rows: Rows) -> list[Rows]:
-    return [rows[start : start + _UNSURE_BLOCK] for start in range(0, len(rows), _UNSURE_BLOCK)]
 
 
 def _close_rows(features: Features, queries: Features, thresholds: NDArray[np.float32]) -> list[Rows]:
     """For each query, all rows whose product with it reaches its threshold."""
     close: list[list[Rows]] = [[] for _ in queries]
     for start in range(0, len(features), _UNSURE_BASE):
-        scores = queries @ features[start : start + _UNSURE_BASE].T  # [B, block]
-        for i in range(len(queries)):
-            close[i].append(np.flatnonzero(scores[i] >= thresholds[i]) + start)
+        is_close = queries @ features[start : start + _UNSURE_BASE].T >= thresholds[:, None]  # [B, block]
+        for found, row in zip(close, is_close, strict=True):
+            found.append(np.flatnonzero(row) + start)
     return [np.concatenate(parts) for parts in close]
 
 

@@ -37,7 +37,7 @@ class Share:
 
     rank: int = 0
     world_size: int = 1
-    barrier: Callable[[], None] = lambda: None
+    barrier: Callable[[], object] = lambda: None
 
 
 def make_table(
@@ -85,6 +85,11 @@ def _prepare(path: Path, info: TableInfo) -> None:
         shutil.rmtree(path)
     path.mkdir(parents=True)
     write_json(mark, wanted)
+
+
+def pieces(images: range, size: int) -> Iterator[range]:
+    """Cut into ranges of `size`; the last may be shorter."""
+    return (images[start : start + size] for start in range(0, len(images), size))
 
 
 def part_path(path: Path, name: str, shard: int) -> Path:

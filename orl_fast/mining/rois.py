@@ -14,7 +14,7 @@ from PIL import Image
 
 from orl_fast.boxes import filter_table
 from orl_fast.files import write_array
-from orl_fast.mining.parts import Advance, join_arrays, open_part, part_path
+from orl_fast.mining.parts import Advance, join_arrays, open_part, part_path, pieces
 from orl_fast.mining.proposals import Backend, selective_search
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.shards.workers import run_in_workers
@@ -32,7 +32,7 @@ def propose_shards(
     Args:
         seed: of the proposals' order; with the image's row it gives the image's own.
     """
-    tasks = (images[i : i + _IMAGES_PER_TASK] for images in map(index.shard_rows, shards) for i in range(0, len(images), _IMAGES_PER_TASK))
+    tasks = (images for shard in shards for images in pieces(index.shard_rows(shard), _IMAGES_PER_TASK))
     found: dict[int, dict[int, NDArray[np.int16]]] = defaultdict(dict)  # boxes by shard and image, until a shard is whole
     for images, boxes in run_in_workers(partial(_propose, index=index, backend=backend, seed=seed), tasks, num_workers=num_workers):
         shard = int(index.shard_ids[images.start])
