@@ -108,10 +108,8 @@ def _blend(typing_context: Any, source: Any, at: Any, down: Any, u: Any, v: Any,
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source_type, *_, target_type, _ = signature.args
         source, at, down, u, v, target, to = arguments
-        shorts, floats = (
-            context.make_array(source_type)(context, builder, source),
-            context.make_array(target_type)(context, builder, target),
-        )
+        shorts = context.make_array(source_type)(context, builder, source)
+        floats = context.make_array(target_type)(context, builder, target)
         vector, lanes = ir.VectorType(ir.FloatType(), 4), ir.VectorType(ir.IntType(16), 4)
         undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
         fma = builder.module.declare_intrinsic("llvm.fma.v4f32", fnty=ir.FunctionType(vector, [vector] * 3))

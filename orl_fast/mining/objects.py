@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,8 @@ def annotation_files(index: ShardIndex, given: Path | None = None) -> list[Path 
 
 def digest_files(files: Sequence[Path | None]) -> str:
     """Names the content of annotation files."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(hashlib.sha256(file.read_bytes() if file else b"").digest())
-    return digest.hexdigest()[:16]
+    digests = (hashlib.sha256(file.read_bytes() if file else b"").digest() for file in files)
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def object_boxes(index: ShardIndex, files: Sequence[Path | None]) -> BoxTable:
@@ -51,13 +50,12 @@ def object_boxes(index: ShardIndex, files: Sequence[Path | None]) -> BoxTable:
     for source, file in enumerate(files):
         if file is None:
             continue
-        content = read_json(file)
-        by_image: dict[int, list[list[float]]] = {}
+        content, by_image = read_json(file), defaultdict(list)
         try:
             images = [(image["file_name"], image["id"], (image["width"], image["height"])) for image in content["images"]]
             for entry in content["annotations"]:
                 if not entry.get("iscrowd", 0):
-                    by_image.setdefault(entry["image_id"], []).append(entry["bbox"])
+                    by_image[entry["image_id"]].append(entry["bbox"])
         except (KeyError, TypeError) as error:
             raise DataError(f"{file}: is no COCO annotation file with boxes ({error!r}); name another with --annotations FILE") from error
         rows = rows_of_names(index, [name for name, _, _ in images], source=source)
@@ -66,10 +64,10 @@ def object_boxes(index: ShardIndex, files: Sequence[Path | None]) -> BoxTable:
         for row, (_, image_id, size_px) in zip(rows.tolist(), images, strict=True):
             if row < 0 or image_id not in by_image:
                 continue
-            if size_px != (index.widths[row], index.heights[row]):
+            if size_px == (index.widths[row], index.heights[row]):
+                boxes[row] = _pixels(np.array(by_image[image_id], np.float64).reshape(-1, 4), *size_px)
+            else:
                 num_odd += 1
-                continue
-            boxes[row] = _pixels(np.array(by_image[image_id], np.float64).reshape(-1, 4), *size_px)
     if num_odd:
         log.warning("objects: %d images have another size than annotated (rotated when packed?); each is taken as a whole", num_odd)
     return BoxTable.from_lists(boxes)

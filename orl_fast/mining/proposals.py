@@ -52,13 +52,9 @@ def selective_search(image_rgb: NDArray[np.uint8], *, seed: int, backend: Backen
         raise ValueError(f"backend is {backend!r}; known are 'fast' and 'opencv'")
     boxes, levels = all_regions(np.ascontiguousarray(image_rgb))
     rank = uniforms(seed, 0, 0, _RANK_STREAM, len(boxes)) * levels
-    return _first_of_equals(boxes[np.argsort(rank, kind="stable")].astype(np.int16))
-
-
-def _first_of_equals(boxes: NDArray[np.int16]) -> NDArray[np.int16]:
-    keys = np.ascontiguousarray(boxes).view(np.int64)[:, 0]
-    _, first = np.unique(keys, return_index=True)
-    return boxes[np.sort(first)]
+    ordered = boxes[np.argsort(rank, kind="stable")].astype(np.int16)
+    _, first = np.unique(ordered.view(np.int64), return_index=True)  # a box as one number
+    return ordered[np.sort(first)]
 
 
 def _with_opencv(image_rgb: NDArray[np.uint8], seed: int) -> NDArray[np.int16]:

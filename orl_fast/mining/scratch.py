@@ -1,6 +1,7 @@
 """Buffers that are used again for the next image: fresh memory costs page faults, an eighth of selective search's time."""
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ from numpy.typing import DTypeLike
 _KEEP_BYTES = 2**24  # per buffer; those of large images are made and freed as usual
 
 
-class Scratch:
-    """Uninitialized arrays by name. An array is valid until its name is taken again; not for two threads."""
+class Scratch(threading.local):
+    """Uninitialized arrays by name, each thread its own. An array is valid until its name is taken again."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, np.ndarray[Any, Any]] = {}

@@ -3,7 +3,6 @@
 Two color spaces, three segmentations of each, two similarity strategies: twelve hierarchies, every region of which is a proposal.
 """
 
-import threading
 from typing import Any
 
 import cv2
@@ -15,14 +14,7 @@ from orl_fast.mining.scratch import Scratch
 from orl_fast.mining.segmentation import segment
 
 Array = np.ndarray[Any, Any]
-
-
-class _PerThread(threading.local):
-    def __init__(self) -> None:
-        self.scratch = Scratch()
-
-
-_per_thread = _PerThread()
+_scratch = Scratch()
 
 
 def all_regions(image_rgb: Array) -> tuple[Array, Array]:
@@ -32,13 +24,12 @@ def all_regions(image_rgb: Array) -> tuple[Array, Array]:
         boxes [P, 4] int32 xyxy, half-open, with duplicates; levels [P] int32: 1 for a region of a segmentation, a merge is one
         above the higher of its parts.
     """
-    scratch = _per_thread.scratch
     area = image_rgb.shape[0] * image_rgb.shape[1]
     found = []
     for conversion in (cv2.COLOR_RGB2HSV, cv2.COLOR_RGB2LAB):
         image = cv2.cvtColor(image_rgb, conversion)
-        segmentations = segment(image, scratch)
-        atoms = describe_atoms(image, segmentations.atoms, len(segmentations.regions[0]), scratch)
+        segmentations = segment(image, _scratch)
+        atoms = describe_atoms(image, segmentations.atoms, len(segmentations.regions[0]), _scratch)
         for regions, num_regions in zip(segmentations.regions, segmentations.num_regions, strict=True):
             found.append(propose_regions(atoms, regions, num_regions, area))
     boxes, levels = zip(*found, strict=True)
