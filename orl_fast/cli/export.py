@@ -27,12 +27,8 @@ def stage_for(shards: Path | None, *, overrides: tuple[str, ...] = (), annotatio
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("shards", type=click.Path(path_type=Path), required=False)
 @click.option("--neighbors", type=click.IntRange(min=1), help="Neighbors per image [default: as configured].")
-@click.option(
-    "--pair-ratio", type=click.FloatRange(0, 1, min_open=True), help="Share of the RoIs that become pairs [default: as configured]."
-)
-@click.option(
-    "--annotations", type=click.Path(path_type=Path), help="COCO file whose order proposals follow [default: the one packed from]."
-)
+@click.option("--pair-ratio", type=click.FloatRange(0, 1, min_open=True), help="Share of RoIs that become pairs [default: as configured].")
+@click.option("--annotations", type=click.Path(path_type=Path), help="COCO file that orders proposals [default: the one packed from].")
 def command(what: str, file: Path, shards: Path | None, neighbors: int | None, pair_ratio: float | None, annotations: Path | None) -> None:
     """Write WHAT was mined to FILE, in the JSON format of the reference implementation.
 

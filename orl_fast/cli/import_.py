@@ -9,9 +9,7 @@ import click
 @click.argument("what", type=click.Choice(["neighbors", "proposals", "pairs"]))
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("shards", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--annotations", type=click.Path(path_type=Path), help="COCO file whose order proposals follow [default: the one packed from]."
-)
+@click.option("--annotations", type=click.Path(path_type=Path), help="COCO file that orders proposals [default: the one packed from].")
 def command(what: str, file: Path, shards: Path | None, annotations: Path | None) -> None:
     """Use WHAT the reference implementation mined, from its JSON FILE, in place of our own tables.
 

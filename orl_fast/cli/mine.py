@@ -2,8 +2,9 @@
 
 import datetime
 import difflib
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -55,13 +56,12 @@ def command(
     from orl_fast.cli.places import default_checkpoint, default_shards, mined_folder
     from orl_fast.console import log
     from orl_fast.mining.neighbors import EXACT_LIMIT
-    from orl_fast.mining.stage import STEPS as ALL_STEPS
     from orl_fast.mining.stage import Stage
     from orl_fast.shards import ShardIndex
     from orl_fast.train.distributed import process_group
 
     step, given = _parse(arguments)
-    steps = (step,) if step else (*ALL_STEPS, *(("patches",) if patches else ()))
+    steps = (step,) if step else STEPS if patches else STEPS[:-1]
     index = ShardIndex.open(default_shards(given))
     checkpoint = checkpoint or default_checkpoint(index.path, "byol")
     named = {"mining.num_neighbors": neighbors, "mining.pair_ratio": pair_ratio, "compat": compat, "mining.proposals": proposals}
@@ -120,9 +120,5 @@ def _share(ranks: "Ranks") -> "Share":
 
     if ranks.world_size == 1:
         return Share()
-    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
-
-    def barrier() -> None:
-        dist.barrier(group)
-
-    return Share(rank=ranks.rank, world_size=ranks.world_size, barrier=barrier)
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    return Share(rank=ranks.rank, world_size=ranks.world_size, barrier=partial(dist.barrier, group))
