@@ -7,6 +7,7 @@ features do not depend on where a run was interrupted or on how many processes s
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -19,27 +20,21 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.nn.functional import normalize as unit_length
 
-from orl_fast.config import MiningConfig
+from orl_fast.config import Config
 from orl_fast.console import log
 from orl_fast.errors import DataError
 from orl_fast.files import human_bytes, require_free_space
 from orl_fast.mining.parts import Advance, array_writer, part_path, pieces
 from orl_fast.models import Encoder
-from orl_fast.shards import ShardIndex
+from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.tables import BoxTable
 from orl_fast.views.normalize import normalize
 from orl_fast.views.plan import ViewPlan, center_crops, roi_crops
-from orl_fast.views.renderer import Renderer
+from orl_fast.views.renderer import Renderer, choose_renderer
 
 _Item = TypeVar("_Item")
 _Plans = Callable[[range], Iterator[ViewPlan]]  # of some images
 _AHEAD = 2  # rendered plans that wait for the encoder
-
-
-def image_views(index: ShardIndex, images: range, mining: MiningConfig) -> ViewPlan:
-    """Whole images, Resize + CenterCrop, without augmentation."""
-    rows = np.asarray(images, np.int64)
-    return center_crops(rows, heights=index.heights, widths=index.widths, resize_px=mining.resize_px, crop_px=mining.crop_px)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +42,29 @@ class FeatureWriter:
     """Encodes whole shards, in evaluation mode, and writes one file of features for each.
 
     Attributes:
-        folder: of the table. advance: told how many views are done.
+        folder: of the table. config: `mining` and `loader` are used.
     """
 
     folder: Path
     index: ShardIndex
     encoder: Encoder
-    mining: MiningConfig
-    renderer: Renderer
+    config: Config
     device: torch.device
-    advance: Advance
+    num_workers: int
 
-    def write_images(self, shards: Sequence[int]) -> None:
-        """Write features-NNNNNN.npy, [n, projector_out] float32 of unit length: the online projector's output on `image_views` (i)."""
+    def write_images(self, shards: Sequence[int], advance: Advance) -> None:
+        """Write features-NNNNNN.npy, [n, projector_out] float32 of unit length, for some shards (stage 2 i).
+
+        The online projector's output on Resize + CenterCrop, without augmentation.
+        """
 
         def plans(images: range) -> Iterator[ViewPlan]:
-            return (image_views(self.index, some, self.mining) for some in pieces(images, self.mining.encode_batch))
+            return map(self._whole_images, pieces(images, self.config.mining.encode_batch))
 
-        self._write("features", shards, plans, self.encoder.projected, np.float32)
+        self._write("features", shards, advance, plans, self.encoder.projected, np.float32)
 
-    def write_rois(self, shards: Sequence[int], rois: BoxTable) -> None:
-        """Write roi-features-NNNNNN.npy, [RoIs of the shard, C] float16 of unit length (stage 2 ii).
+    def write_rois(self, shards: Sequence[int], advance: Advance, *, rois: BoxTable) -> None:
+        """Write roi-features-NNNNNN.npy, [RoIs of the shard, C] float16 of unit length, for some shards (stage 2 ii).
 
         The online backbone's globally pooled output on each RoI, resized to a square. Every RoI is encoded once; the reference does so
         about eleven times.
@@ -75,33 +72,45 @@ class FeatureWriter:
         Raises:
             DataError: the disk lacks the room, which is known beforehand.
         """
+        mining = self.config.mining
         num_rois = sum(rois.num_of(self.index.shard_rows(shard)) for shard in shards)
         num_bytes = num_rois * self.encoder.num_features * 2
         log.info("RoI features: %s RoIs, %s in %s", f"{num_rois:,}", human_bytes(num_bytes), self.folder)
         require_free_space(self.folder, num_bytes=num_bytes, purpose="RoI features")
 
         def plans(images: range) -> Iterator[ViewPlan]:
-            for some in _groups(rois, images, at_most=self.mining.encode_batch):
+            for some in _groups(rois, images, at_most=mining.encode_batch):
                 offsets = rois.offsets[some.start : some.stop + 1]
                 boxes = rois.boxes[offsets[0] : offsets[-1]]
-                yield roi_crops(np.repeat(np.asarray(some, np.int64), np.diff(offsets)), boxes, size_px=self.mining.roi_size_px)
+                yield roi_crops(np.repeat(np.asarray(some, np.int64), np.diff(offsets)), boxes, size_px=mining.roi_size_px)
 
-        self._write("roi-features", shards, plans, self.encoder.pooled, np.float16)
+        self._write("roi-features", shards, advance, plans, self.encoder.pooled, np.float16)
 
-    def _write(self, name: str, shards: Sequence[int], plans: _Plans, forward: Callable[[Tensor], Tensor], dtype: DTypeLike) -> None:
+    def _write(
+        self, name: str, shards: Sequence[int], advance: Advance, plans: _Plans, forward: Callable[[Tensor], Tensor], dtype: DTypeLike
+    ) -> None:
         """Render the plans of each shard's images, ahead of the encoder; encode them in full batches, and write unit vectors."""
-        rendered = _ahead((shard, self._views(plan)) for shard in shards for plan in plans(self.index.shard_rows(shard)))
-        for shard, views in groupby(rendered, key=itemgetter(0)):
-            with array_writer(part_path(self.folder, name, shard)) as write:
-                for batch in _full_batches((pixels for _, pixels in views), self.mining.encode_batch):
-                    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-                        features = forward(normalize(batch.to(self.device, non_blocking=True)))
-                        features = unit_length(features.float(), dim=1).cpu()
-                    write(features.numpy().astype(dtype))
-                    self.advance(len(features))
+        trial, loader = self._whole_images(range(min(len(self.index), 64))), self.config.loader
+        with (
+            ShardReader(self.index) as reader,
+            closing(choose_renderer(reader, loader, trial=trial, device=self.device, num_threads=self.num_workers)) as renderer,
+        ):
+            rendered = _ahead((shard, self._views(renderer, plan)) for shard in shards for plan in plans(self.index.shard_rows(shard)))
+            for shard, views in groupby(rendered, key=itemgetter(0)):
+                with array_writer(part_path(self.folder, name, shard)) as write:
+                    for batch in _full_batches((pixels for _, pixels in views), self.config.mining.encode_batch):
+                        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+                            features = forward(normalize(batch.to(self.device, non_blocking=True)))
+                            features = unit_length(features.float(), dim=1).cpu()
+                        write(features.numpy().astype(dtype))
+                        advance(len(features))
 
-    def _views(self, plan: ViewPlan) -> Tensor:
-        rendered = self.renderer.render(plan)
+    def _whole_images(self, images: range) -> ViewPlan:
+        index, mining, rows = self.index, self.config.mining, np.asarray(images, np.int64)
+        return center_crops(rows, heights=index.heights, widths=index.widths, resize_px=mining.resize_px, crop_px=mining.crop_px)
+
+    def _views(self, renderer: Renderer, plan: ViewPlan) -> Tensor:
+        rendered = renderer.render(plan)
         if len(rendered.bad_rows):
             key, path = self.index.keys[int(rendered.bad_rows[0])], self.index.path
             raise DataError(f"{path}: image {key} cannot be decoded any more; check the shards with orl-fast verify {path}")

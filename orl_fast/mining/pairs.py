@@ -132,12 +132,8 @@ def write_pair_shards(folder: Path, *, index: ShardIndex, rois: BoxTable, pairs:
                 slot = np.repeat(np.arange(len(neighbors)), counts)
                 query = rois.of(image)[pairs.query_roi[rows]]
                 partner = rois.boxes[rois.offsets[neighbors[slot]] + pairs.partner_roi[rows]]
-                components = {
-                    "rois": rois.of(image),
-                    "neighbors": neighbors,
-                    "pairs": np.concatenate([slot[:, None], query, partner], axis=1).astype(np.int32),
-                    "similarity": pairs.similarities[rows],
-                }
+                entries = np.concatenate([slot[:, None], query, partner], axis=1).astype(np.int32)
+                components = {"rois": rois.of(image), "neighbors": neighbors, "pairs": entries, "similarity": pairs.similarities[rows]}
                 for name, array in components.items():
                     buffer = io.BytesIO()
                     np.save(buffer, np.ascontiguousarray(array))

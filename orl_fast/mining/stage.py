@@ -10,7 +10,7 @@ made from the same images and the same checkpoint.
 import fcntl
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,18 +22,17 @@ import torch
 from orl_fast.config import Config
 from orl_fast.console import human_time, log, log_to_file, progress
 from orl_fast.errors import DataError, StaleError
-from orl_fast.mining.features import FeatureWriter, image_views
+from orl_fast.mining.features import FeatureWriter
 from orl_fast.mining.neighbors import EXACT_LIMIT, find_neighbors
 from orl_fast.mining.objects import annotation_files, digest_files, object_boxes
 from orl_fast.mining.pairs import PairMiner, RoiFeatures
-from orl_fast.mining.parts import Advance, Finish, Share, Work, array_writer, join_arrays, make_table, open_part
+from orl_fast.mining.parts import Finish, Share, Work, array_writer, join_arrays, make_table, open_part
 from orl_fast.mining.patches import join_patches, pack_shards
 from orl_fast.mining.rois import COUNTS, filter_shards, join_boxes, propose_shards, save_shards
 from orl_fast.models import Encoder, load_encoder
-from orl_fast.shards import ShardIndex, ShardReader
+from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, new_table, open_array, open_info, table_info
 from orl_fast.views.plan import PATCH_SIDE_PX
-from orl_fast.views.renderer import choose_renderer
 
 STEPS = ("features", "neighbors", "proposals", "rois", "pairs")
 IMPORTED = "imported"  # a setting of tables that `orl-fast import` wrote; mining keeps them
@@ -125,16 +124,9 @@ class Stage:
 
     def _make_features(self) -> None:
         mining, folder = self.config.mining, self.folder / "features"
-
-        def work(shards: list[int], advance: Advance) -> None:
-            with self._feature_writer(folder, advance) as writer:
-                writer.write_images(shards)
-
-        def finish() -> None:
-            join_arrays(folder / "features.npy", (open_part(folder, "features", shard) for shard in range(self.index.num_shards)))
-
+        parts = (open_part(folder, "features", shard) for shard in range(self.index.num_shards))
         info = self._describe("features", {"encoder": self.encoder.fingerprint}, resize_px=mining.resize_px, crop_px=mining.crop_px)
-        self._make(info, work, finish)
+        self._make(info, self._feature_writer(folder).write_images, partial(join_arrays, folder / "features.npy", parts))
 
     def _make_neighbors(self) -> None:
         features, exact = self.info("features"), len(self.index) <= self.exact_limit
@@ -213,14 +205,14 @@ class Stage:
         self._make(info, miner.mine, miner.join)
 
     def _make_roi_features(self, rois: TableInfo) -> None:
-        folder, table = self.folder / "roi-features", BoxTable.open(self.folder / "rois")
-
-        def work(shards: list[int], advance: Advance) -> None:
-            with self._feature_writer(folder, advance) as writer:
-                writer.write_rois(shards, table)
-
+        table = BoxTable.open(self.folder / "rois")
+        work = partial(self._feature_writer(self.folder / "roi-features").write_rois, rois=table)
         made_from = {"encoder": self.encoder.fingerprint, "rois": rois.fingerprint}
         self._make(self._describe("roi-features", made_from, roi_size_px=self.config.mining.roi_size_px), work, rois=table)
+
+    def _feature_writer(self, folder: Path) -> FeatureWriter:
+        index, encoder, device = self.index, self.encoder, self.device
+        return FeatureWriter(folder=folder, index=index, encoder=encoder, config=self.config, device=device, num_workers=self.num_workers)
 
     def _make_patches(self) -> None:
         folder, made_from = self.folder / "patches", {name: self.info(name).fingerprint for name in ("rois", "pairs")}
@@ -278,18 +270,6 @@ class Stage:
                 file.unlink()
                 with suppress(OSError):
                     self.folder.rmdir()
-
-    @contextmanager
-    def _feature_writer(self, folder: Path, advance: Advance) -> Iterator[FeatureWriter]:
-        index, mining, device = self.index, self.config.mining, self.device
-        trial = image_views(index, range(min(len(index), 64)), mining)
-        with (
-            ShardReader(index) as reader,
-            closing(choose_renderer(reader, self.config.loader, trial=trial, device=device, num_threads=self.num_workers)) as renderer,
-        ):
-            yield FeatureWriter(
-                folder=folder, index=index, encoder=self.encoder, mining=mining, renderer=renderer, device=device, advance=advance
-            )
 
 
 def _serves(found: TableInfo | None, wanted: TableInfo) -> bool:
