@@ -209,7 +209,10 @@ def _annotated_order(index: ShardIndex, annotations: Path | None) -> NDArray[np.
         return np.arange(len(index))
     parts: list[NDArray[np.int64]] = []
     for source, file in enumerate(annotation_files(index, annotations)):
-        names = [image["file_name"] for image in read_json(file)["images"]] if file else []
+        try:
+            names = [image["file_name"] for image in read_json(file)["images"]] if file else []
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{file}: is no COCO annotation file ({error!r}); name another with --annotations FILE") from error
         listed = rows_of_names(index, names, source=source)
         parts += [listed, np.setdiff1d(np.flatnonzero(index.sources == source), listed)]
     return np.concatenate(parts)
