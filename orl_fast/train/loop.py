@@ -73,6 +73,8 @@ def train(
         seed=options.seed,
     )
     num_steps = options.epochs * sampler.steps_per_epoch
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(ranks.num_threads)  # sums depend on it: the cores decide, not what ran before, nor torchrun's single thread
     train_step = TrainStep(method, config, ranks=ranks)
     first_step = 0
     if checkpoint.exists() and not restart:

@@ -178,7 +178,7 @@ def test_bad_starts_are_explained_and_leave_nothing(packed: ShardIndex, mined: P
 
 
 def test_the_next_stage_follows_from_what_is_mined(packed: ShardIndex, mined: Path, tmp_path: Path) -> None:
-    from conftest import write_tables
+    from tests.train.conftest import write_tables
 
     assert next_method(packed, tmp_path)[0] == "byol"
     assert next_method(packed, mined)[0] == "orl"

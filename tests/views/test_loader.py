@@ -108,9 +108,7 @@ def test_an_error_in_the_background_reaches_the_consumer(photos: Photos, mined: 
             """Nothing is held."""
 
     def draw(rows: Rows, epoch: int) -> ViewPlan:
-        return draw_orl(
-            rows, seed=0, epoch=epoch, heights=photos.heights, widths=photos.widths, views=VIEWS, rois=mined[0], pairs=mined[1]
-        )
+        return draw_orl(rows, seed=0, epoch=epoch, heights=photos.heights, widths=photos.widths, views=VIEWS, rois=mined[0], pairs=mined[1])
 
     with ViewLoader(Broken(), draw, num_images=len(photos), batch_size=4) as loader, pytest.raises(OSError, match="went away"):
         next(loader)
