@@ -12,7 +12,6 @@ import colorsys
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 
 from orl_fast.console import progress
 from orl_fast.files import atomic_folder, write_json
-from orl_fast.shards.workers import run_in_workers
 
 SIDE_PX = 192
 _NUM_DIGITS = (5, 7)
@@ -187,66 +185,33 @@ def _luminance(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(rgb @ np.array([0.299, 0.587, 0.114], np.float32), np.float32)
 
 
-def write_scenes(
-    folder: Path, *, num_scenes: int, seed: int, held_out_digits: bool = False, labelled: bool = False, num_workers: int = 1
-) -> None:
+def write_scenes(folder: Path, *, num_scenes: int, seed: int, held_out_digits: bool = False, labelled: bool = False) -> None:
     """Write scenes as JPEG files; a folder that holds these very scenes is left as it is.
 
     Args:
         folder: gets `images/000000.jpg` … and, if `labelled`, `annotations.json` in COCO's format.
         labelled: scenes without themes, for evaluations; otherwise themed scenes to learn from.
-        num_workers: processes that paint.
     """
     settings = {"num_scenes": num_scenes, "seed": seed, "held_out_digits": held_out_digits, "labelled": labelled}
     told = folder / "scenes.json"
     if told.is_file() and json.loads(told.read_text()) == settings:
         return
+    painter = ScenePainter(seed=seed, held_out_digits=held_out_digits, themed=not labelled)
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     with atomic_folder(folder) as target, progress(f"drawing {folder.name}", total=num_scenes, unit="scenes") as advance:
         (target / "images").mkdir()
-        starts = range(0, num_scenes, _PART)
-        tasks = [_Part(target / "images", range(i, min(i + _PART, num_scenes)), seed, held_out_digits, not labelled) for i in starts]
-        drawn: dict[int, _Objects] = {}
-        for part in run_in_workers(_paint_part, tasks, num_workers=num_workers):
-            drawn |= part
-            advance(len(part))
+        for number in range(num_scenes):
+            scene = painter.paint(number)
+            name = f"{number:06d}.jpg"
+            _, encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+            (target / "images" / name).write_bytes(encoded.tobytes())
+            images.append({"id": number, "file_name": name, "width": SIDE_PX, "height": SIDE_PX})
+            for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+                box_xywh = [x1, y1, x2 - x1, y2 - y1]
+                annotations.append({"id": len(annotations), "image_id": number, "category_id": label, "bbox": box_xywh, "iscrowd": 0})
+            advance()
         if labelled:
-            _write_annotations(target / "annotations.json", [drawn[number] for number in range(num_scenes)])
+            categories = [{"id": label, "name": str(label)} for label in range(10)]
+            write_json(target / "annotations.json", {"images": images, "annotations": annotations, "categories": categories})
         write_json(target / "scenes.json", settings)
-
-
-_PART = 100  # scenes that a worker paints at a time
-_Objects = tuple[list[list[int]], list[int]]  # boxes and labels of a scene
-
-
-class _Part(NamedTuple):
-    folder: Path
-    numbers: range
-    seed: int
-    held_out_digits: bool
-    themed: bool
-
-
-def _paint_part(part: _Part) -> dict[int, _Objects]:
-    painter = ScenePainter(seed=part.seed, held_out_digits=part.held_out_digits, themed=part.themed)
-    drawn: dict[int, _Objects] = {}
-    for number in part.numbers:
-        scene = painter.paint(number)
-        _, encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-        (part.folder / _file_name(number)).write_bytes(encoded.tobytes())
-        drawn[number] = scene.boxes.tolist(), scene.labels.tolist()
-    return drawn
-
-
-def _file_name(number: int) -> str:
-    return f"{number:06d}.jpg"
-
-
-def _write_annotations(file: Path, objects: list[_Objects]) -> None:
-    images = [{"id": number, "file_name": _file_name(number), "width": SIDE_PX, "height": SIDE_PX} for number in range(len(objects))]
-    annotations: list[dict[str, object]] = []
-    for number, (boxes, labels) in enumerate(objects):
-        for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
-            box_xywh = [x1, y1, x2 - x1, y2 - y1]
-            annotations.append({"id": len(annotations), "image_id": number, "category_id": label, "bbox": box_xywh, "iscrowd": 0})
-    categories = [{"id": label, "name": str(label)} for label in range(10)]
-    write_json(file, {"images": images, "annotations": annotations, "categories": categories})

@@ -6,7 +6,7 @@ from PIL import Image
 from orl_fast.demo.run import Demo, DemoSize, learned_beat_random
 from orl_fast.errors import StaleError
 
-_TINY = DemoSize(num_scenes=32, num_labelled=8, epochs=1)
+_TINY = DemoSize(num_scenes=32, num_labelled=8, byol_epochs=1, orl_epochs=1)
 
 
 @pytest.fixture(scope="module")
