@@ -47,7 +47,8 @@ def _run(name: str, source: Path | None, json_path: Path, *, quick: bool) -> Non
             table.add_row(f"[bold]{row.group}", "", "", "")
         group = row.group
         table.add_row(row.name, f"{row.median:,.4g} {row.unit}", f"{row.iqr:,.3g}", f"{row.ratio:.2f}× ± {row.ratio_iqr / 2:.2f}")
-    Console().print(table)
+    screen = Console()
+    Console(width=max(screen.width, 110)).print(table)  # what is piped into a file need not be narrow
     harness.save_json(json_path, harness.result(title, rows))
     harness.save_plot(json_path.with_suffix(".png"), title, rows)
     click.echo(f"written: {json_path}, {json_path.with_suffix('.png')}")

@@ -37,3 +37,4 @@ def command(
         click.echo(f"  {len(manifest.quarantined)} set aside (all of them in {folder / 'manifest.json'}):")
         for entry in manifest.quarantined[:10]:
             click.echo(f"    {entry.file_name!r}: {entry.reason}")
+    click.echo(f"Next: orl-fast train {folder}")

@@ -55,8 +55,9 @@ def object_boxes(index: ShardIndex, files: Sequence[Path | None]) -> BoxTable:
             images = [(image["file_name"], image["id"], (image["width"], image["height"])) for image in content["images"]]
             for entry in content["annotations"]:
                 if not entry.get("iscrowd", 0):
-                    by_image[entry["image_id"]].append(entry["bbox"])
-        except (KeyError, TypeError) as error:
+                    x, y, w, h = map(float, entry["bbox"])
+                    by_image[entry["image_id"]].append((x, y, w, h))
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file}: is no COCO annotation file with boxes ({error!r}); name another with --annotations FILE") from error
         rows = rows_of_names(index, [name for name, _, _ in images], source=source)
         if not (rows >= 0).any():

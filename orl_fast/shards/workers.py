@@ -41,7 +41,10 @@ def run_in_workers(function: Callable[[Task], Result], tasks: Iterable[Task], *,
             for future in done:
                 yield future.result()
     except BrokenProcessPool as error:
-        raise DataError("a worker process was killed, perhaps for lack of memory; run the same command with fewer --workers") from error
+        raise DataError(
+            "a worker process was killed, perhaps for lack of memory; run the same command with fewer --workers "
+            '(a script of yours that starts workers must do so below if __name__ == "__main__":)'
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)  # tasks in work end first: whole files, no strays
 
