@@ -1,8 +1,8 @@
 """Six views per sample (2 x 224 and 4 x 96 pixels, the image and a neighbor decoded): ours against how it is commonly done.
 
 All contenders take the same JPEGs, RoIs and neighbors, and augment as stage 1 of the paper. Group "one core" pins the process to one core,
-uses no worker and counts the process's own time; group "all cores" gives each contender one worker (process or thread) per core; group "scaling" is ours by number of
-threads. What is configured how is said beside each contender.
+uses no worker and counts the process's own time; group "all cores" gives each contender one worker (process or thread) per core; group
+"scaling" is ours by number of threads. What is configured how is said beside each contender.
 """
 
 import io
