@@ -43,8 +43,8 @@ class DemoSize:
 
     num_scenes: int = 2000
     num_labelled: int = 500
-    byol_epochs: int = 10
-    orl_epochs: int = 6
+    byol_epochs: int = 9
+    orl_epochs: int = 3
 
 
 FAST = DemoSize(num_scenes=256, num_labelled=100, byol_epochs=1, orl_epochs=1)
