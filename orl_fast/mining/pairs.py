@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from orl_fast.config import Compat
 from orl_fast.files import write_array
-from orl_fast.mining.parts import Advance, array_writer, join_arrays, open_part, part_path, tar_writer
+from orl_fast.mining.parts import Advance, array_writer, join_arrays, open_part, part_path
 from orl_fast.shards import ShardIndex
+from orl_fast.shards.writer import new_tar
 from orl_fast.tables import BoxTable, PairTable, num_pairs
 
 # One row per pair. Numbers of RoIs within their images; the cosine as float32.
@@ -125,7 +126,7 @@ def write_pair_shards(folder: Path, *, index: ShardIndex, rois: BoxTable, pairs:
     partner's box (xyxy), by neighbor, best first; {key}.similarity.npy [n] float32.
     """
     for shard in range(index.num_shards):
-        with tar_writer(folder / index.shard_paths[shard].name.replace("images", "pairs")) as add:
+        with new_tar(folder / index.shard_paths[shard].name.replace("images", "pairs")) as add:
             for image in index.shard_rows(shard):
                 neighbors, counts = pairs.neighbors[image], pairs.count[image]
                 rows = np.concatenate([np.arange(n) + first for first, n in zip(pairs.first[image], counts, strict=True)])

@@ -6,7 +6,6 @@ made from. `table.json` is written last: without it, the folder is no table.
 
 import json
 import shutil
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 
 from orl_fast.console import log, progress
 from orl_fast.files import atomic_file, write_json
-from orl_fast.shards.writer import BLOCK_BYTES, tar_header
 from orl_fast.tables import TableInfo, open_array, table_info, write_info
 
 Advance = Callable[[int], None]
@@ -125,18 +123,3 @@ def join_arrays(path: Path, blocks: Iterable[NDArray[Any]]) -> None:
     with array_writer(path) as write:
         for block in blocks:
             write(block)
-
-
-@contextmanager
-def tar_writer(path: Path) -> Iterator[Callable[[str, bytes], int]]:
-    """Write a tar atomically; what it yields adds a file and returns the place of its first byte."""
-    with atomic_file(path) as file:
-
-        def add(name: str, data: bytes) -> int:
-            file.write(tar_header(name, len(data)))
-            offset = file.tell()
-            file.write(data + bytes(-len(data) % BLOCK_BYTES))
-            return offset
-
-        yield add
-        file.write(bytes(2 * BLOCK_BYTES + -(file.tell() + 2 * BLOCK_BYTES) % tarfile.RECORDSIZE))

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from orl_fast.files import write_array
-from orl_fast.mining.parts import Advance, join_arrays, open_part, part_path, tar_writer
+from orl_fast.mining.parts import Advance, join_arrays, open_part, part_path
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.shards.images import JPEG_QUALITY
 from orl_fast.shards.workers import run_in_workers
+from orl_fast.shards.writer import new_tar
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.views.plan import PATCH_SIDE_PX
 
@@ -76,7 +77,7 @@ def _task(shard: int, images: range, rois: BoxTable, used: NDArray[np.bool_]) ->
 def _pack_shard(folder: Path, index: ShardIndex, task: _Task) -> int:
     """Write one tar, then its part of the table, which tells the shard is done. Runs in a worker process."""
     entries = np.empty(len(task.roi_rows), ENTRY)
-    with tar_writer(folder / f"patches-{task.shard:06d}.tar") as add, ShardReader(index) as reader:
+    with new_tar(folder / f"patches-{task.shard:06d}.tar") as add, ShardReader(index) as reader:
         image, decoded = -1, Image.new("RGB", (1, 1))
         for i, (row, number) in enumerate(zip(task.images.tolist(), task.numbers.tolist(), strict=True)):
             if row != image:
