@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: log lines, progress bars, and metrics that outlive the terminal."""
+"""Terminal output: log lines, progress bars, and a metrics file."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ _PLAIN_EVERY_S = 15.0
 def set_up_logging(*, verbose: bool = False, quiet: bool = False) -> None:
     """Send the package's log to the terminal; called once, by the command line."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    if console.is_terminal:
+    if sys.stderr.isatty():
         handler: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     else:
         handler = logging.StreamHandler(sys.stderr)
@@ -53,11 +53,11 @@ class _RateColumn(ProgressColumn):
 
 @contextmanager
 def progress(description: str, *, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Show rate and time left of a long job; yields `advance(count=1, note=None)`.
+    """Show the rate and remaining time of a long job; yields `advance(count=1, note=None)`.
 
-    On a terminal a bar; elsewhere (logs, CI) one line every 15 s. A job that resumes passes what is `done` already.
+    A bar on a terminal, otherwise (log files, CI) one line every 15 s. A resumed job passes how much is `done` already.
     """
-    if not console.is_terminal:
+    if not sys.stderr.isatty():  # alone: rich's own check also asks FORCE_COLOR, which is about colors
         yield _lines(description, total=total, unit=unit, done=done)
         return
     note_column = TextColumn("{task.fields[note]}")
@@ -74,17 +74,17 @@ def progress(description: str, *, total: int, unit: str, done: int = 0) -> Itera
 
 
 def _lines(description: str, *, total: int, unit: str, done: int) -> Callable[..., None]:
-    """Log a line now and then, for output that is no terminal."""
-    start_s = told_s = time.monotonic()
+    """Log a line at intervals, for output that is not a terminal."""
+    start_s = logged_s = time.monotonic()
     now_done = done
 
     def advance(count: int = 1, note: str | None = None) -> None:
-        nonlocal told_s, now_done
+        nonlocal logged_s, now_done
         now_done += count
         now_s = time.monotonic()
-        if now_s - told_s < _PLAIN_EVERY_S:
+        if now_s - logged_s < _PLAIN_EVERY_S:
             return
-        told_s = now_s
+        logged_s = now_s
         rate = (now_done - done) / (now_s - start_s)
         left = f", {human_time((total - now_done) / rate)} left" if rate > 0 else ""
         tail = f"; {note}" if note else ""
@@ -94,7 +94,7 @@ def _lines(description: str, *, total: int, unit: str, done: int) -> Callable[..
 
 
 class MetricsFile:
-    """Append-only JSON lines: one object per record, each whole line written at once."""
+    """Append-only JSON lines: one object per line, written at once."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class MetricsFile:
 
 
 def human_time(seconds: float) -> str:
-    """'3 h 05 min' for people."""
+    """'3 h 05 min', for messages."""
     if seconds < 100:
         return f"{max(0.0, seconds):.0f} s"
     minutes = round(seconds / 60)

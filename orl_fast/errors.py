@@ -1,4 +1,4 @@
-"""The errors that users can cause and mend. The command line shows them without a traceback and exits with 1."""
+"""User errors: shown by the command line without a traceback, exit code 1."""
 
 
 class OrlFastError(Exception):
@@ -6,16 +6,16 @@ class OrlFastError(Exception):
 
 
 class DataError(OrlFastError):
-    """Input data is missing, empty, corrupt or of another kind than needed."""
+    """Input data is missing, empty, damaged or of the wrong kind."""
 
 
 class ConfigError(OrlFastError):
-    """A recipe or an option has an unknown key or a value that cannot work."""
+    """A recipe or an option has an unknown key or an invalid value."""
 
 
 class StaleError(OrlFastError):
-    """A table or checkpoint was made from other inputs than those in use."""
+    """A table or checkpoint was made from inputs that differ from those in use."""
 
 
 class MissingStageError(OrlFastError):
-    """A stage is run before the stage that it builds on."""
+    """A stage is run before a stage that it depends on."""

@@ -1,7 +1,7 @@
-"""Counter-based random numbers: a draw is a pure function of what it is for.
+"""Counter-based random numbers: a draw is a pure function of its purpose.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). There is no state to carry, so any
-view of any image in any epoch is drawn in any order, by any thread or rank, and a resumed run needs only its step.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). There is no state, so the
+views of any image in any epoch can be drawn in any order, by any thread or rank, and a resumed run needs only its step.
 """
 
 import numba as nb
@@ -26,7 +26,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
 
 @nb.njit(cache=True, nogil=True)
 def uniform(seed, epoch, image, stream, index):  # type: ignore[no-untyped-def]
-    """One float64 in [0, 1): draw number `index` of the stream `stream` (what it is for) of an image in an epoch.
+    """One float64 in [0, 1): draw number `index` of a stream (the purpose) of an image in an epoch.
 
     All arguments are non-negative integers; seed, epoch, stream and index below 2**32, image below 2**63.
     """
