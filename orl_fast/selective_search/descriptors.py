@@ -6,14 +6,13 @@ for both; `region_histograms` unfolds it. Everything is counted once on atoms (s
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numba as nb
 import numpy as np
 from numba import float32, int32, uint32, uint64
 
-from orl_fast.mining.gradients import derivatives, extrema
-from orl_fast.mining.scratch import Scratch
+from orl_fast.selective_search.gradients import derivatives, extrema
+from orl_fast.selective_search.scratch import Array, Scratch
 
 COLOR_BINS, TEXTURE_BINS = 25, 10
 _COLOR = 3 * COLOR_BINS  # length of a color histogram
@@ -21,12 +20,10 @@ _TEXTURE = 3 * 4 * 2 * TEXTURE_BINS  # channels x derivatives x signs x bins
 _CODES = _COLOR + _TEXTURE
 _BINS_PER_LEVEL = np.float32(TEXTURE_BINS / 256)  # exact, and so is its product with 0 to 255
 
-Array = np.ndarray[Any, Any]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Atoms:
-    """What is known of each of A atoms.
+    """Properties of A atoms.
 
     Attributes:
         counts: [A, 315] int32: 3 x 25 color bins, then 3 channels x 4 derivatives x 20 signed codes; in the scratch buffers.

@@ -8,14 +8,13 @@ between the same two cores only the first can decide anything (accepted, it make
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numba as nb
 import numpy as np
 from numba import float32, int64, uint32, uint64
 
-from orl_fast.mining.scratch import Scratch
+from orl_fast.selective_search.scratch import Array, Scratch
 
 SCALES = (150.0, 300.0, 450.0)
 MIN_SIZE_PX = 100
@@ -25,8 +24,6 @@ _NONE = np.uint32(0xFFFFFFFF)
 _BLOCK = 512  # edges whose components are looked up together, so that the look-ups overlap
 _INSERTION = 48  # below this many edges insertion sort is fastest
 _RECENT = 8192  # direct-mapped memory of recent pairs of cores; a miss only costs a duplicate
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +42,12 @@ class Segmentations:
 
 
 def segment(image: Array, scratch: Scratch) -> Segmentations:
-    """Segment an image [H, W, 3] uint8 with k = 150, 300, 450, sigma 0.8 and regions of at least 100 pixels (section 4)."""
+    """Segment an image [H, W, 3] uint8 with k = 150, 300, 450, sigma 0.8 and regions of at least 100 pixels."""
     height, width = image.shape[:2]
     num_pixels, num_edges = height * width, height * (width - 1) + (height - 1) * width
-    exact = scratch.take("exact", image.shape, np.float32)
-    np.copyto(exact, image)
-    blurred = cv2.GaussianBlur(exact, (0, 0), _SIGMA_PX, dst=scratch.take("blurred", image.shape, np.float32))
+    image_f32 = scratch.take("image", image.shape, np.float32)
+    np.copyto(image_f32, image)
+    blurred = cv2.GaussianBlur(image_f32, (0, 0), _SIGMA_PX, dst=scratch.take("blurred", image.shape, np.float32))
     edges, ordered = scratch.take("edges", (num_edges,), np.uint64), scratch.take("ordered", (num_edges,), np.uint64)
     _weigh_edges(blurred, edges)
     _sort_edges(edges, ordered)

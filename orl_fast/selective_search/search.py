@@ -1,44 +1,45 @@
-"""Object proposals of one image: selective search, ours or OpenCV's, in a deterministic order (ORL, section 3.1, stage 2 ii)."""
+"""The public function: boxes of one image in a deterministic order, found by our kernels or by OpenCV."""
 
-import ctypes
-import threading
-from typing import Any, Literal
+from typing import Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.errors import DataError
-from orl_fast.mining.selective_search import all_regions
 from orl_fast.philox import uniforms
+from orl_fast.selective_search.hierarchies import all_regions
+from orl_fast.selective_search.opencv import opencv_search
 
 Backend = Literal["fast", "opencv"]
 
 _RANK_STREAM = 32
 _MAX_SIDE_PX = 2**15 - 1
-_c_library_lock = threading.Lock()
 
 
 def selective_search(image_rgb: NDArray[np.uint8], *, seed: int, backend: Backend = "fast") -> NDArray[np.int16]:
-    """Propose boxes: every region of twelve hierarchical groupings (Uijlings et al., IJCV 2013, "fast" mode).
+    """Propose boxes that may hold objects (Uijlings et al., IJCV 2013, "fast" mode): every region of twelve hierarchical groupings.
+
+    The order is random but reproducible, as in OpenCV: a box's rank is a random number in [0, 1) times its region's level in the
+    hierarchy, ascending; a region of the segmentation has level 1, a merge is one above the higher of its parts. So small regions
+    tend to come first. Of equal boxes the first stays.
 
     Both backends find the same set (measured with OpenCV 5.0 on processors with fused multiply-add; elsewhere last digits may
-    differ). A proposal's rank is a random number in [0, 1) times its level in the hierarchy, ascending; of equal boxes the first
-    stays. "fast" draws the numbers from (seed, proposal), so the same image and seed give the same order on any thread; "opencv"
+    differ). "fast" draws the numbers from (seed, proposal), so the same image and seed give the same order on any thread; "opencv"
     seeds the C library's global generator, runs one image at a time in a process, and repeats its order as long as nothing else
     draws from that generator meanwhile.
 
     One thread per image, without the GIL for nearly all of the time; OpenCV's conversions and warps in it use OpenCV's own threads
-    unless the process has called cv2.setNumThreads(1). Memory of "fast": up to 100 bytes per pixel and 10 (W + H)² bytes for the
-    turned copy, that is 1.7 GB for 4,000 × 3,000; a thread keeps some 60 MB of it for its next photograph of 640 × 480.
+    except within `one_opencv_thread`. Memory of "fast": up to 100 bytes per pixel and 8 (W + H)² bytes for the rotated copy
+    (measured: 1.2 GB for 4,000 × 3,000); a thread keeps some 50 MB of it for its next photograph of 640 × 480.
 
     Args:
-        image_rgb: [H, W, 3] uint8, H and W from 1 to 32,767; a gray image has three equal channels.
+        image_rgb: [H, W, 3] uint8 in any memory layout, H and W from 1 to 32,767; a gray image has three equal channels.
         seed: the image's own, non-negative; its lower 32 bits count.
+        backend: "fast", or "opencv" for cv2.ximgproc's own.
     Returns:
         [P, 4] int16 xyxy, half-open, P >= 1, each box once, inside the image and not empty. A flat image gives the whole image.
     Raises:
-        ValueError: image_rgb has another shape or type. DataError: the image is too large for int16 boxes.
+        ValueError: image_rgb has another shape or type, or the backend is unknown. DataError: the image is too large for int16 boxes.
     """
     if image_rgb.dtype != np.uint8 or image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.size == 0:
         raise ValueError(f"image_rgb must be [H, W, 3] uint8 and not empty, not {list(image_rgb.shape)} {image_rgb.dtype}")
@@ -46,24 +47,13 @@ def selective_search(image_rgb: NDArray[np.uint8], *, seed: int, backend: Backen
     if max(height, width) > _MAX_SIDE_PX:
         raise DataError(f"the image has {width} × {height} pixels, boxes hold at most {_MAX_SIDE_PX}; scale the image down")
     seed &= 0xFFFFFFFF
+    image_rgb = np.ascontiguousarray(image_rgb)
     if backend == "opencv":
-        return _with_opencv(image_rgb, seed)
+        return opencv_search(image_rgb, seed)
     if backend != "fast":
         raise ValueError(f"backend is {backend!r}; known are 'fast' and 'opencv'")
-    boxes, levels = all_regions(np.ascontiguousarray(image_rgb))
+    boxes, levels = all_regions(image_rgb)
     rank = uniforms(seed, 0, 0, _RANK_STREAM, len(boxes)) * levels
     ordered = boxes[np.argsort(rank, kind="stable")].astype(np.int16)
     _, first = np.unique(ordered.view(np.int64), return_index=True)  # a box as one number
     return ordered[np.sort(first)]
-
-
-def _with_opencv(image_rgb: NDArray[np.uint8], seed: int) -> NDArray[np.int16]:
-    search: Any = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-    search.setBaseImage(cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))
-    search.switchToSelectiveSearchFast()
-    with _c_library_lock:  # OpenCV ranks with rand(), whose state is the process's
-        ctypes.CDLL(None).srand(ctypes.c_uint(seed))
-        boxes_xywh = search.process()
-    boxes = np.asarray(boxes_xywh, np.int16)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes

@@ -1,16 +1,15 @@
 """The shared segmentation of three scales against OpenCV's of each, and its sort and derivatives against plain ones."""
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
+from drawn_photos import draw_photo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orl_fast.mining.gradients import derivatives
-from orl_fast.mining.scratch import Scratch
-from orl_fast.mining.segmentation import MIN_SIZE_PX, SCALES, _sort_edges, segment
+from orl_fast.selective_search.gradients import derivatives
+from orl_fast.selective_search.scratch import Scratch
+from orl_fast.selective_search.segmentation import MIN_SIZE_PX, SCALES, _sort_edges, segment
 
 
 def _check(image: np.ndarray, scratch: Scratch) -> None:
@@ -23,13 +22,11 @@ def _check(image: np.ndarray, scratch: Scratch) -> None:
     assert len(np.unique(np.stack(found.regions), axis=1).T) == len(found.regions[0])  # atoms are distinct triples
 
 
-@pytest.mark.parametrize("conversion", [cv2.COLOR_BGR2HSV, cv2.COLOR_BGR2LAB])
-def test_equals_opencvs_graph_segmentation(photo_paths: list[Path], conversion: int) -> None:
+@pytest.mark.parametrize("conversion", [cv2.COLOR_RGB2HSV, cv2.COLOR_RGB2LAB])
+def test_equals_opencvs_graph_segmentation(conversion: int) -> None:
     scratch = Scratch()
-    for path, scale in ((photo_paths[4], 0.6), (photo_paths[9], 0.4)):  # a smaller image after a larger one, in the same buffers
-        photo = cv2.imread(str(path))
-        assert photo is not None
-        _check(cv2.cvtColor(cv2.resize(photo, None, fx=scale, fy=scale), conversion), scratch)
+    for seed, width, height in ((4, 380, 290), (9, 250, 190)):  # a smaller image after a larger one, in the same buffers
+        _check(cv2.cvtColor(draw_photo(seed, width=width, height=height), conversion), scratch)
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (1, 300), (300, 1)])
@@ -51,7 +48,7 @@ def test_sorts_edges_like_numpy(count: int, scale: float, num_distinct: int, see
 
 @pytest.mark.parametrize("shape", [(90, 120), (121, 64), (40, 133), (133, 40)])
 def test_derivatives_equal_opencvs(shape: tuple[int, int]) -> None:
-    """The turned planes as cv2.warpAffine gives them, over the whole bounding box and cropped."""
+    """The rotated planes as cv2.warpAffine gives them, over the whole bounding box and cropped."""
     height, width = shape
     image = cv2.GaussianBlur(np.random.default_rng(2).integers(0, 256, (*shape, 3), dtype=np.uint8), (0, 0), 2)
     planes = derivatives(image, Scratch())
@@ -59,11 +56,11 @@ def test_derivatives_equal_opencvs(shape: tuple[int, int]) -> None:
     box_width, box_height = cv2.RotatedRect(center, (width, height), 45.0).boundingRect()[2:]
     forth = cv2.getRotationMatrix2D(center, 45.0, 1.0)
     forth[:, 2] += (box_width / 2 - center[0], box_height / 2 - center[1])
-    turned = cv2.warpAffine(image, forth, (box_width, box_height))
+    rotated = cv2.warpAffine(image, forth, (box_width, box_height))
     back = cv2.getRotationMatrix2D((box_width // 2, box_height // 2), -45.0, 1.0)
     left, top = max(0, box_width - width) // 2, max(0, box_height - height) // 2
     for axis in (0, 1):
         np.testing.assert_array_equal(planes[axis].reshape(*shape, 3), cv2.Scharr(image, cv2.CV_32F, 1 - axis, axis))
-        whole = cv2.warpAffine(cv2.Scharr(turned, cv2.CV_32F, 1 - axis, axis), back, (2 * box_width, 2 * box_height))
+        whole = cv2.warpAffine(cv2.Scharr(rotated, cv2.CV_32F, 1 - axis, axis), back, (2 * box_width, 2 * box_height))
         expected = whole[top : top + height, left : left + width]
         np.testing.assert_array_equal(planes[2 + axis].reshape(*shape, 3), expected)

@@ -4,21 +4,18 @@ The two most similar neighbors merge until none are left; every region met on th
 bins and in the order color, fill, texture, size: the last bit decides between close pairs.
 """
 
-from typing import Any
-
 import numba as nb
 import numpy as np
 from numba import float32, int32, uint32, uint64
 
-from orl_fast.mining.descriptors import COLOR_BINS, TEXTURE_BINS, Atoms
+from orl_fast.selective_search.descriptors import COLOR_BINS, TEXTURE_BINS, Atoms
+from orl_fast.selective_search.scratch import Array
 
 _COLOR, _TEXTURE = 3 * COLOR_BINS, 3 * 4 * 2 * TEXTURE_BINS
 _PARTS = _TEXTURE // (2 * TEXTURE_BINS)
 _NONE = np.uint32(0xFFFFFFFF)
 _QUARTER, _THIRD = np.float32(0.25), np.float32(0.3333)
 _BLOCK = 256  # similarities whose maximum is kept, so that the search for the largest stays short
-
-Array = np.ndarray[Any, Any]
 
 
 def propose_regions(atoms: Atoms, region_of_atom: Array, num_regions: int, area: int) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Buffers that are used again for the next image: fresh memory costs page faults, an eighth of selective search's time."""
+"""Buffers that are reused for the next image: fresh memory costs page faults, an eighth of selective search's time."""
 
 import math
 import threading
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+Array = np.ndarray[Any, Any]
 _KEEP_BYTES = 2**24  # per buffer; those of large images are made and freed as usual
 
 
@@ -14,9 +15,9 @@ class Scratch(threading.local):
     """Uninitialized arrays by name, each thread its own. An array is valid until its name is taken again."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, np.ndarray[Any, Any]] = {}
+        self._buffers: dict[str, Array] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray[Any, Any]:
+    def take(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """An array of a shape, over the name's buffer."""
         num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         if num_bytes > _KEEP_BYTES:

@@ -1,19 +1,13 @@
-"""Selective search, "fast" mode (Uijlings et al., IJCV 2013), with the boxes that OpenCV finds at a fraction of its time.
-
-Two color spaces, three segmentations of each, two similarity strategies: twelve hierarchies, every region of which is a proposal.
-"""
-
-from typing import Any
+"""Twelve hierarchies of regions: two color spaces, three segmentations of each, two similarity strategies."""
 
 import cv2
 import numpy as np
 
-from orl_fast.mining.descriptors import describe_atoms
-from orl_fast.mining.grouping import propose_regions
-from orl_fast.mining.scratch import Scratch
-from orl_fast.mining.segmentation import segment
+from orl_fast.selective_search.descriptors import describe_atoms
+from orl_fast.selective_search.grouping import propose_regions
+from orl_fast.selective_search.scratch import Array, Scratch
+from orl_fast.selective_search.segmentation import segment
 
-Array = np.ndarray[Any, Any]
 _scratch = Scratch()
 
 
