@@ -1,4 +1,4 @@
-"""Packed images: WebDataset tar shards with a memory-mapped index (format: shards/FORMAT.md)."""
+"""Datasets: WebDataset tar shards with a memory-mapped index (format: shards/FORMAT.md)."""
 
 from orl_fast.shards.index import ShardIndex
 from orl_fast.shards.manifest import Manifest

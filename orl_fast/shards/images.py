@@ -1,19 +1,21 @@
-"""One image's bytes, checked by decoding it in full, as a JPEG that every later decoder takes."""
+"""Images as they are packed: decoded in full to check them, and stored as JPEGs that every later decoder accepts."""
 
 import io
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 JPEG_QUALITY = 95
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _MAX_SIDE_PX = 65_500  # libjpeg's limit
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all Huffman coded
 _STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
-_TURNS = {  # EXIF orientation → what makes the image upright
+_ROTATIONS = {  # EXIF orientation → transposition that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -25,12 +27,12 @@ _TURNS = {  # EXIF orientation → what makes the image upright
 
 
 class BadImage(Exception):
-    """The bytes are no image that can be decoded in full; the message is the reason."""
+    """The image cannot be decoded in full; the message is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedImage:
-    """A JPEG to pack: upright, RGB or grey. `reencoded` tells why it does not hold the original bytes."""
+    """A JPEG to pack: upright, RGB or gray. `reencoded` is the reason why it does not hold the original bytes."""
 
     jpeg: bytes
     width: int
@@ -38,59 +40,67 @@ class PackedImage:
     reencoded: str | None
 
 
-def packed_image(data: bytes) -> PackedImage:
-    """Decode an image in full; keep its bytes where they are a plain JPEG, re-encode it otherwise.
+def decode_rgb(data: bytes | NDArray[np.uint8]) -> Image.Image:
+    """Decode an image file to RGB, ignoring metadata."""
+    with Image.open(io.BytesIO(data if isinstance(data, bytes) else data.data)) as image:
+        return image.convert("RGB")
 
-    Kept: a baseline or progressive JPEG in RGB or grey whose EXIF asks for no rotation. All else becomes a JPEG of quality 95 without
+
+def packed_image(data: bytes) -> PackedImage:
+    """Decode an image in full; keep its bytes if they are a plain JPEG, re-encode it otherwise.
+
+    Kept: a baseline or progressive JPEG in RGB or gray without an EXIF rotation. Everything else becomes a JPEG of quality 95 without
     chroma subsampling: rotation applied, transparency on white, 16 bits reduced to 8, the first frame of an animation.
 
     Raises:
-        BadImage: empty, of no known format, truncated, damaged, or 179 million pixels and more.
+        BadImage: empty, of unknown format, truncated, damaged, of 179 million pixels or more, or too large for this machine's memory.
     """
     if not data:
         raise BadImage("the file is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata does not matter here; what matters raises
+            warnings.simplefilter("ignore")  # about metadata; anything that matters raises
             return _packed(data)
     except UnidentifiedImageError as error:
         raise BadImage("not an image of a known format") from error
     except Image.DecompressionBombError as error:
         raise BadImage("too large: at most 178,956,970 pixels are decoded") from error
-    except (BadImage, MemoryError):
+    except MemoryError as error:
+        raise BadImage("too large: decoding it takes more memory than there is") from error
+    except BadImage:
         raise
-    except Exception as error:  # a decoder raises anything at all on garbage; whatever it was, this image is at fault
+    except Exception as error:  # decoders raise anything at all on garbage; whatever it was, the cause is this image
         raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
 def _packed(data: bytes) -> PackedImage:
-    odd = []  # why the bytes cannot be kept
+    changes = []  # reasons why the bytes cannot be kept
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         image.load()  # raises where data is missing
         if image.format not in ("JPEG", "MPO"):
-            odd.append(str(image.format))
+            changes.append(str(image.format))
         elif _frame(data) not in _PLAIN_FRAMES:
-            odd.append("arithmetic-coded or lossless JPEG")
+            changes.append("arithmetic-coded or lossless JPEG")
         if image.mode not in ("RGB", "L"):
-            odd.append(image.mode)
-        turn = _TURNS.get(_orientation(image))
-        if turn is not None:
-            odd.append("EXIF rotation")
-        if not odd:
+            changes.append(image.mode)
+        rotation = _ROTATIONS.get(_orientation(image))
+        if rotation is not None:
+            changes.append("EXIF rotation")
+        if not changes:
             return PackedImage(jpeg=data, width=image.width, height=image.height, reencoded=None)
-        upright = _eight_bit(image if turn is None else image.transpose(turn))
+        upright = _eight_bit(image if rotation is None else image.transpose(rotation))
     if max(upright.size) > _MAX_SIDE_PX:
         raise BadImage(f"too large: a side of {max(upright.size)} px, JPEG has at most {_MAX_SIDE_PX}")
-    upright.info.clear()  # or Pillow copies comments into the JPEG
+    upright.info.clear()  # otherwise Pillow copies comments into the JPEG
     buffer = io.BytesIO()
     upright.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return PackedImage(jpeg=buffer.getvalue(), width=upright.width, height=upright.height, reencoded=" ".join(odd))
+    return PackedImage(jpeg=buffer.getvalue(), width=upright.width, height=upright.height, reencoded=" ".join(changes))
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # garbage in the EXIF data is no reason to lose the picture
+    except Exception:  # garbage in the EXIF data is no reason to lose the image
         return 1
 
 
@@ -98,14 +108,14 @@ def _frame(jpeg: bytes) -> int:
     """The code of the frame header (SOF).
 
     Raises:
-        BadImage: no end marker follows the first scan, so that decoders fill in what is missing.
+        BadImage: no end marker follows the first scan; decoders would fill in the missing part.
     """
     at, code, frame = 2, 0, 0
     while code != 0xDA and at + 4 <= len(jpeg):
         if jpeg[at] != 0xFF:
             raise BadImage("damaged JPEG: a marker is missing")
         code = jpeg[at + 1]
-        if code == 0xFF:  # filling
+        if code == 0xFF:  # padding
             at += 1
         elif code in _STANDALONE:
             at += 2
@@ -118,7 +128,7 @@ def _frame(jpeg: bytes) -> int:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """RGB or L, on white where it is transparent."""
+    """RGB or L, with transparent parts on white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65_535:

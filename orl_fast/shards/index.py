@@ -1,4 +1,4 @@
-"""The memory-mapped table of packed images. Opening it costs the same for a hundred images and for a hundred million."""
+"""The memory-mapped index of a dataset. Opening it takes as long for a hundred images as for a hundred million."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -11,26 +11,26 @@ from numpy.typing import DTypeLike, NDArray
 from orl_fast.errors import DataError
 from orl_fast.shards.manifest import INDEX_NAME, NAMES_NAME, SHARDS_NAME, Manifest, tar_path
 
-# One row per image, little-endian, 48 bytes: a lookup touches one cache line. `name_end` ends the row's text in names.bin.
+# One row per image, little-endian, 48 bytes: a lookup touches one cache line. `name_end` is the end of the row's text in names.bin.
 _INT64, _INT32 = ("offset", "size", "image_id", "name_end"), ("shard", "height", "width", "source")
 ROW = np.dtype([(name, "<i8") for name in _INT64] + [(name, "<i4") for name in _INT32])
-# One row per shard: its first image, the length of its file, and the SHA-256 of that, in hexadecimal digits.
+# One row per shard: its first image, the length of its file, and the file's SHA-256 in hexadecimal digits.
 SHARD = np.dtype([("first_row", "<i8"), ("num_bytes", "<i8"), ("sha256", "S64")])
 
 
 class ShardIndex:
-    """The images of a shard folder: row i is image i in every table of orl-fast.
+    """The images of a dataset: row i is image i in every table of orl-fast.
 
     Attributes:
-        path: the shard folder.
-        fingerprint: names the packed content; tables made from it carry it.
+        path: the dataset's folder.
+        fingerprint: identifies the packed content; tables made from it store it.
         manifest: sources, counts and the quarantine list.
         shards: [S] records of `first_row`, `num_bytes` and `sha256`.
         heights, widths: [N] int32, pixels of the decoded image.
-        image_ids: [N] int64, COCO's ids where an annotation file was there.
-        shard_ids: [N] int32; offsets, sizes: [N] int64, where the JPEG lies within its shard, in bytes.
-        sources: [N] int32, which of manifest.sources the image came from.
-        keys, file_names: [N] str, decoded when asked for; file names are relative to their source folder.
+        image_ids: [N] int64, the ids of the COCO annotation file, if there was one.
+        shard_ids: [N] int32; offsets, sizes: [N] int64, the JPEG's position within its shard, in bytes.
+        sources: [N] int32, position in manifest.sources.
+        keys, file_names: [N] str, decoded on access; file names are relative to their source folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +59,7 @@ class ShardIndex:
         return len(self.sizes)
 
     def __reduce__(self) -> tuple[Callable[[Path], "ShardIndex"], tuple[Path]]:
-        return ShardIndex, (self.path,)  # a worker process maps the file again instead of receiving it
+        return ShardIndex, (self.path,)  # other processes map the files again instead of receiving them
 
     @property
     def num_shards(self) -> int:
@@ -70,7 +70,7 @@ class ShardIndex:
         return [tar_path(self.path, shard) for shard in range(self.num_shards)]
 
     def shard_rows(self, shard: int) -> range:
-        """The rows of one shard: they are contiguous, shards follow one another in order."""
+        """The rows of one shard; they are contiguous, and shards are in order."""
         if not 0 <= shard < self.num_shards:
             raise IndexError(f"shard {shard} of {self.num_shards}")
         start, *following = self.shards["first_row"][shard : shard + 2].tolist()
@@ -78,7 +78,7 @@ class ShardIndex:
 
 
 class _Names(Sequence[str]):
-    """Keys (part 0) or file names (part 1), read from the map on demand."""
+    """Keys (part 0) or file names (part 1), decoded on access."""
 
     def __init__(self, ends: NDArray[np.int64], text: NDArray[np.uint8], *, part: int) -> None:
         self._ends, self._text, self._part = ends, text, part
@@ -86,10 +86,10 @@ class _Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, row: Any) -> Any:  # of an int a str, of a slice a list
+    def __getitem__(self, row: Any) -> Any:  # str for an int, list for a slice
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
-        row = range(len(self))[row]  # negative rows, and IndexError beyond the end
+        row = range(len(self))[row]  # handles negative rows, raises IndexError
         start = int(self._ends[row - 1]) if row else 0
         key, file_name = self._text[start : self._ends[row]].tobytes().split(b"\0")
         return (key, file_name)[self._part].decode("utf-8", "surrogateescape")
@@ -100,8 +100,8 @@ def _mapped(path: Path, dtype: DTypeLike, length: int) -> NDArray[Any]:
     try:
         found = np.asarray(np.load(path, mmap_mode="r") if path.suffix == ".npy" else np.memmap(path, dtype=dtype, mode="r"))
         if found.dtype != dtype or found.shape != (length,):
-            raise ValueError(f"its shape is {found.shape}, ({length},) is expected")
+            raise ValueError(f"its shape is {found.shape}, expected ({length},)")
     except (OSError, ValueError, EOFError) as error:
-        message = f"does not belong to a whole shard folder ({error}); pack the images again with orl-fast shard --overwrite"
+        message = f"missing or damaged ({error}); pack the images again with orl-fast shard --overwrite"
         raise DataError(f"{path}: {message}") from error
     return found

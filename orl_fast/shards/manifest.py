@@ -1,4 +1,4 @@
-"""The manifest of a shard folder: written last, so that its presence means that the folder is whole (shards/FORMAT.md)."""
+"""The manifest of a dataset: written last, so that a dataset with a manifest is complete (shards/FORMAT.md)."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 NAMES_NAME = "names.bin"
 SHARDS_NAME = "shards.npy"
-WORK_NAME = ".work"  # what an unfinished run knows already
+WORK_NAME = ".work"  # the state of an unfinished run
 
 
 def tar_path(folder: Path, shard: int) -> Path:
-    """Where a shard lies: shards are numbered from 0, without gaps."""
+    """The file of a shard; shards are numbered from 0, without gaps."""
     return folder / f"images-{shard:06d}.tar"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceEntry:
-    """One packed folder. Images that `annotations` lists but that are absent on disk are counted; those it does not list come last."""
+    """One packed folder. `num_absent` images are in `annotations` but not on disk; `num_unlisted` the other way around, and packed last."""
 
     folder: str
     annotations: str | None
@@ -36,7 +36,7 @@ class SourceEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Quarantined:
-    """An image that is not packed, and why."""
+    """An image that was not packed, and the reason."""
 
     source: int
     file_name: str
@@ -45,7 +45,7 @@ class Quarantined:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a finished shard folder holds. `num_original` counts bytes kept as found, `reencoded` the others by their reason."""
+    """What a complete dataset holds. `num_original` images kept their bytes, `reencoded` counts the others by reason."""
 
     version: int = VERSION
     fingerprint: str
@@ -63,35 +63,35 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read the manifest of a finished shard folder.
+        """Read the manifest of a complete dataset.
 
         Raises:
-            DataError: there is none, it is damaged, or another version of orl-fast wrote it.
+            DataError: it is missing, damaged, or of another format version.
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            raise DataError(_why_not_shards(folder))
+            raise DataError(_why_no_dataset(folder))
         try:
             values: dict[str, Any] = json.loads(path.read_bytes())
             if values["version"] != VERSION:
-                raise DataError(f"{path}: format version {values['version']}, this orl-fast reads {VERSION}; pack the images again")
+                raise DataError(f"{path}: format version {values['version']}, this version reads {VERSION}; pack the images again")
             values["quarantined"] = tuple(Quarantined(**entry) for entry in values["quarantined"])
             values["sources"] = tuple(SourceEntry(**entry) for entry in values["sources"])
             return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: is damaged ({error!r}); pack the images again with orl-fast shard --overwrite") from error
+            raise DataError(f"{path}: damaged ({error!r}); pack the images again with orl-fast shard --overwrite") from error
 
 
 def fingerprint_of(checksums: Iterable[bytes]) -> str:
-    """32 hexadecimal digits that name the packed content: keys, ids, bytes and their cut into shards."""
+    """32 hexadecimal digits that identify the packed content: keys, ids, bytes and their division into shards."""
     return hashlib.sha256(b"\n".join([f"orl-fast shards {VERSION}".encode(), *checksums])).hexdigest()[:32]
 
 
-def _why_not_shards(folder: Path) -> str:
+def _why_no_dataset(folder: Path) -> str:
     if not folder.exists():
         return f"{folder}: no such folder; pack images into it with: orl-fast shard SRC --out {folder}"
     if not folder.is_dir():
-        return f"{folder}: is a file; give the folder that orl-fast shard wrote"
+        return f"{folder}: is a file, not a folder; give the folder that orl-fast shard wrote"
     if (folder / WORK_NAME).is_dir():
-        return f"{folder}: packing was not finished; run the same orl-fast shard command again, it goes on where it stopped"
-    return f"{folder}: holds no packed images ({MANIFEST_NAME} is missing); pack them with: orl-fast shard SRC --out {folder}"
+        return f"{folder}: packing was not finished; run the same orl-fast shard command to resume"
+    return f"{folder}: not a dataset ({MANIFEST_NAME} is missing); pack images into it with: orl-fast shard SRC --out {folder}"

@@ -1,4 +1,4 @@
-"""Check a shard folder: its checksums, its tar files, and that all tables tell the same."""
+"""Check a dataset: checksums, tar files, and that all tables agree."""
 
 import hashlib
 import json
@@ -12,36 +12,37 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from orl_fast.console import progress
+from orl_fast.cores import num_cores
 from orl_fast.shards.images import BadImage, packed_image
 from orl_fast.shards.index import ShardIndex
 from orl_fast.shards.manifest import INDEX_NAME, MANIFEST_NAME, SHARDS_NAME, fingerprint_of, tar_path
-from orl_fast.shards.workers import num_cores, run_in_workers
+from orl_fast.shards.workers import run_in_workers
 
 
 class Fault(NamedTuple):
-    """What is wrong with one file."""
+    """One thing that is wrong with a file."""
 
     file: Path
     message: str
 
 
 def verify_shards(folder: Path, *, fast: bool = False, decode: bool = False, num_workers: int | None = None) -> list[Fault]:
-    """Check everything that `write_shards` promises, and that column shards (pairs-*.tar) are aligned with the images.
+    """Check everything that `write_shards` guarantees, and that column shards (pairs-*.tar) are aligned with the images.
 
     Args:
-        fast: compare sizes and tables only; the image shards themselves are not read.
-        decode: decode every image once more.
+        fast: compare sizes and tables only, without reading the image shards.
+        decode: also decode every image.
         num_workers: processes; default one per core.
     Returns:
-        The faults found; empty if all is well.
+        The faults found.
     Raises:
-        DataError: the folder cannot be opened at all (see ShardIndex.open).
+        DataError: the dataset cannot be opened (see ShardIndex.open).
     """
     index = ShardIndex.open(folder)
     faults = [*_index_faults(index), *_column_faults(index)]
     if any(fault.file.name == INDEX_NAME for fault in faults):
-        return faults  # what it tells about the shards is of no use
-    check = partial(_check_shard, index, fast=fast, decode=decode)  # the index travels as its path
+        return faults  # the shards cannot be checked against a wrong index
+    check = partial(_check_shard, index, fast=fast, decode=decode)  # the index is pickled as its path
     workers = 1 if fast else min(num_workers or num_cores(), index.num_shards)
     with progress("verify", total=index.num_shards, unit="shards") as advance:
         for found in run_in_workers(check, range(index.num_shards), num_workers=workers):
@@ -52,30 +53,30 @@ def verify_shards(folder: Path, *, fast: bool = False, decode: bool = False, num
 
 def _index_faults(index: ShardIndex) -> Iterator[Fault]:
     if index.fingerprint != fingerprint_of(index.shards["sha256"].tolist()):
-        yield Fault(index.path / MANIFEST_NAME, "the fingerprint does not follow from the checksums of the shards")
+        yield Fault(index.path / MANIFEST_NAME, "the fingerprint does not match the checksums of the shards")
     counts = np.diff(index.shards["first_row"], append=len(index))
     if index.shards["first_row"][0] != 0 or counts.min() < 1 or not np.array_equal(index.shard_ids, np.repeat(range(len(counts)), counts)):
-        yield Fault(index.path / INDEX_NAME, f"its shards do not follow one another as {SHARDS_NAME} tells")
+        yield Fault(index.path / INDEX_NAME, f"the order of its shards differs from {SHARDS_NAME}")
         return
     limits = index.shards["num_bytes"][index.shard_ids]
     outside = (index.offsets < 0) | (index.sizes < 1) | (index.offsets + index.sizes > limits) | (index.heights < 1) | (index.widths < 1)
     if outside.any():
-        yield Fault(index.path / INDEX_NAME, f"row {outside.argmax()} cannot be: it lies outside its shard or has no pixels")
+        yield Fault(index.path / INDEX_NAME, f"row {outside.argmax()} is invalid: outside its shard, or without pixels")
 
 
 def _column_faults(index: ShardIndex) -> Iterator[Fault]:
-    """Column shards hold some component of every key of the image shard with their number, in its order."""
+    """Column shards hold components of every key of the image shard with the same number, in the same order."""
     for path in sorted(index.path.rglob(f"pairs-{'[0-9]' * 6}.tar")):
         shard = int(path.stem.partition("-")[2])
         try:
             with tarfile.open(path) as tar:
                 keys = [key for key, _ in groupby(name.partition(".")[0] for name in tar.getnames())]
         except (OSError, tarfile.TarError) as error:
-            yield Fault(path, f"cannot be read as a tar file ({error}); run orl-fast mine pairs")
+            yield Fault(path, f"not a tar file ({error}); run orl-fast mine pairs")
             continue
         rows = index.shard_rows(shard) if shard < index.num_shards else range(0)
         if keys != index.keys[rows.start : rows.stop]:
-            yield Fault(path, "its keys are not those of the image shard with its number; run orl-fast mine pairs")
+            yield Fault(path, f"keys do not match {tar_path(index.path, shard).name}; run orl-fast mine pairs")
 
 
 def _check_shard(index: ShardIndex, shard: int, *, fast: bool, decode: bool) -> list[Fault]:
@@ -98,11 +99,11 @@ def _shard_faults(index: ShardIndex, shard: int, *, fast: bool, decode: bool) ->
     lines = idx.read_text().splitlines() if idx.is_file() else []
     begins = [f"v1.2 {len(rows)}", *(f"jpg {index.offsets[i]} {index.sizes[i]} {index.keys[i]}.jpg json " for i in rows)]
     if len(lines) != len(begins) or not all(map(str.startswith, lines, begins)):
-        yield Fault(idx, "is missing, or tells other images or places than the index")
+        yield Fault(idx, "is missing, or its images or positions differ from the index")
     if not fast:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != index.shards["sha256"][shard].decode():
-                yield Fault(path, "its bytes are not those that were packed (SHA-256)")
+                yield Fault(path, "its bytes have changed since it was packed (SHA-256)")
             file.seek(0)
             yield from (Fault(path, message) for message in _member_messages(file, index, rows, decode=decode))
 
@@ -112,23 +113,23 @@ def _member_messages(file: BinaryIO, index: ShardIndex, rows: range, *, decode: 
     with tarfile.open(fileobj=file) as tar:
         members = [(member.name, member.offset_data, member.size) for member in tar]
     if [name for name, _, _ in members] != [f"{index.keys[i]}.{suffix}" for i in rows for suffix in ("jpg", "json")]:
-        yield "its members are not the images that the index tells, in its order"
+        yield "its members differ from the images in the index, or their order does"
         return
-    for i, (name, *place), (text_name, start, size) in zip(rows, members[::2], members[1::2], strict=True):
-        if place != [index.offsets[i], index.sizes[i]]:
-            yield f"{name}: lies elsewhere than the index tells"
+    for i, (name, *position), (text_name, start, size) in zip(rows, members[::2], members[1::2], strict=True):
+        if position != [index.offsets[i], index.sizes[i]]:
+            yield f"{name}: its position differs from the index"
             continue
         width, height = int(index.widths[i]), int(index.heights[i])
         file.seek(start)
         about = {"file_name": index.file_names[i], "image_id": int(index.image_ids[i]), "width": width, "height": height}
         if json.loads(file.read(size)) != about:
-            yield f"{text_name}: tells otherwise than the index"
+            yield f"{text_name}: differs from the index"
         if decode:
-            file.seek(place[0])
+            file.seek(position[0])
             try:
-                image = packed_image(file.read(place[1]))
+                image = packed_image(file.read(position[1]))
             except BadImage as error:
                 yield f"{name}: {error}"
                 continue
             if image.reencoded or (image.width, image.height) != (width, height):
-                yield f"{name}: is not the plain JPEG that the index tells ({image.width} x {image.height} {image.reencoded or ''})"
+                yield f"{name}: not the plain JPEG of the index ({image.width} x {image.height} {image.reencoded or ''})"

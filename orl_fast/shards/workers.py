@@ -1,4 +1,4 @@
-"""One function over many tasks in worker processes, and nothing left running when the parent goes."""
+"""One function over many tasks in worker processes, which end with the process that started them."""
 
 import multiprocessing
 import os
@@ -11,46 +11,57 @@ from itertools import islice
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
+from orl_fast.console import log
 from orl_fast.errors import DataError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def run_in_workers(function: Callable[[Task], Result], tasks: Iterable[Task], *, num_workers: int) -> Iterator[Result]:
-    """Yield results as they come, in no fixed order. One worker (or none) is this process; more are fresh processes.
+    """Yield results as they are completed, in no fixed order. One worker (or none) is this process; more are new processes.
+
+    Where processes cannot share semaphores (no writable /dev/shm), this process works alone, with a warning.
 
     Raises:
         DataError: a worker process was killed.
     """
-    if num_workers <= 1:
+    pool = None
+    if num_workers > 1:
+        try:
+            pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_set_up_worker)
+        except (OSError, ImportError, NotImplementedError) as error:
+            log.warning("worker processes are not available here (%s: is /dev/shm writable?); continuing with one process", error)
+    if pool is None:
         yield from map(function, tasks)
         return
     remaining = iter(tasks)
-    pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_set_up_worker)
     try:
-        running: set[Future[Result]] = {pool.submit(function, task) for task in islice(remaining, 2 * num_workers)}
+        running = _submit(pool, function, islice(remaining, 2 * num_workers))
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {pool.submit(function, task) for task in islice(remaining, len(done))}
+            running |= _submit(pool, function, islice(remaining, len(done)))
             for future in done:
                 yield future.result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process was killed, perhaps for lack of memory; run the same command with fewer --workers "
-            '(a script of yours that starts workers must do so below if __name__ == "__main__":)'
+            "a worker process was killed, possibly for lack of memory; run the same command with fewer --workers "
+            '(a script that starts workers must do so under if __name__ == "__main__":)'
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)  # tasks in work end first: whole files, no strays
+        pool.shutdown(cancel_futures=True)  # running tasks end first: whole files, no processes left
+
+
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterable[Task]) -> set[Future[Result]]:
+    """Submitting starts workers, which inherit that SIGINT is blocked: Ctrl-C reaches all processes of the group; the parent decides."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return {pool.submit(function, task) for task in tasks}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _set_up_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()

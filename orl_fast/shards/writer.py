@@ -1,13 +1,13 @@
 """Pack image folders into WebDataset shards. The unit of work, and of resuming, is the shard."""
 
-import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from orl_fast.console import log, progress
+from orl_fast.cores import num_cores
 from orl_fast.errors import DataError, StaleError
-from orl_fast.files import atomic_file, require_free_space, write_array, write_json
+from orl_fast.files import LOCK_NAME, atomic_file, locked, remove_leftovers, require_free_space, write_array, write_json
 from orl_fast.shards.images import JPEG_QUALITY, BadImage, packed_image
 from orl_fast.shards.index import ROW, SHARD, ShardIndex
 from orl_fast.shards.manifest import (
@@ -33,12 +34,12 @@ from orl_fast.shards.manifest import (
     tar_path,
 )
 from orl_fast.shards.sources import ListedImage, Listing, find_sources, list_images
-from orl_fast.shards.workers import num_cores, run_in_workers
+from orl_fast.shards.workers import run_in_workers
 
 BLOCK_BYTES = 512
 MAX_SHARD_BYTES = 256_000_000
 _MAX_FILE_BYTES = 1_000_000_000
-_CHOICE = "add --overwrite to replace it, or choose another folder with --out"
+_REMEDY = "add --overwrite to replace it, or choose another folder with --out"
 
 
 def write_shards(
@@ -52,17 +53,17 @@ def write_shards(
 ) -> Manifest:
     """Pack the images of `sources`, in order, into the folder `out` (format: shards/FORMAT.md).
 
-    A run that was stopped goes on where it stopped and gives the same bytes. A finished folder whose sources did not change is left alone.
+    An interrupted run is resumed and gives the same bytes. A complete dataset whose sources have not changed is left as it is.
 
     Args:
-        sources: COCO roots, COCO split folders or any folders of images, or one of these.
+        sources: COCO roots, COCO split folders or any folders of images, or a single one.
         splits: which splits of a COCO root, instead of train2017.
-        shard_size: images per shard; a shard also ends at 256 MB of source files. 256 cuts COCO's train2017 into 463 of 42 MB.
-        num_workers: processes that decode and write; default one per core. With several, a script needs `if __name__ == "__main__"`.
-        overwrite: replace what was packed into `out` from other sources or with other settings.
+        shard_size: images per shard; a shard also ends at 256 MB of source files. 256 divides COCO's train2017 into 463 of 42 MB.
+        num_workers: processes that decode and write; default one per core. With several, a script needs `if __name__ == "__main__":`.
+        overwrite: replace a dataset in `out` that was packed from other sources or with other settings.
     Raises:
-        DataError: sources are missing or hold no (good) images, `out` cannot be used, or the disk is full.
-        StaleError: `out` holds another packing and `overwrite` is not set.
+        DataError: sources are missing or hold no usable images, `out` cannot be used, or the disk is full.
+        StaleError: `out` holds another dataset and `overwrite` is not set.
         ValueError: shard_size or num_workers is below 1.
     """
     if shard_size < 1 or (num_workers is not None and num_workers < 1):
@@ -73,20 +74,21 @@ def write_shards(
         if out.resolve().is_relative_to(source.folder.resolve()):
             raise DataError(f"{out}: lies within the source {source.folder}; choose another folder with --out")
     listing = list_images(found)
-    _tell(listing)
+    _log_listing(listing)
     inputs = hashlib.sha256(f"{VERSION} {shard_size} {MAX_SHARD_BYTES} {JPEG_QUALITY} {listing.digest()}".encode()).hexdigest()
-    if not overwrite and (finished := _finished(out, inputs=inputs)):
-        shutil.rmtree(out / WORK_NAME, ignore_errors=True)  # left where a run was killed after its last file
-        log.info("%s: up to date, %d images in %d shards", out, finished.num_images, finished.num_shards)
-        return finished
     cuts = list(enumerate(_cuts(listing.images, shard_size=shard_size)))
-    with _work_folder(out, inputs=inputs, overwrite=overwrite):
+    finished = None if overwrite or (out / WORK_NAME).exists() else _finished(out, inputs=inputs)
+    if finished:  # needs no lock, so it may belong to another user
+        return finished
+    with _work_folder(out, inputs=inputs, overwrite=overwrite) as finished:
+        if finished:
+            return finished
         waiting = [(number, images) for number, images in cuts if not _report_path(out, number).exists()]
         sizes = [image.num_bytes + 4 * BLOCK_BYTES for _, images in waiting for image in images]
         require_free_space(out, num_bytes=sum(sizes), purpose="packing")
         num_done = len(listing.images) - len(sizes)
         if num_done:
-            log.info("%s: goes on after %d of %d images", out, num_done, len(listing.images))
+            log.info("%s: resuming after %d of %d images", out, num_done, len(listing.images))
         pack = partial(_pack_shard, out, [source.folder for source in found])
         with progress("pack", total=len(listing.images), unit="images", done=num_done) as advance:
             for count in run_in_workers(pack, waiting, num_workers=min(num_workers or num_cores(), len(waiting))):
@@ -94,19 +96,19 @@ def write_shards(
         return _finish(listing, [_report_path(out, number) for number, _ in cuts], out, inputs=inputs)
 
 
-def _tell(listing: Listing) -> None:
-    """Say what will be packed, and what is odd about the sources."""
+def _log_listing(listing: Listing) -> None:
+    """Log what will be packed, and warn of what is unusual about the sources."""
     for source, absent, unlisted in zip(listing.sources, listing.absent, listing.unlisted, strict=True):
-        order = f"order and ids from {source.annotations}" if source.annotations else "no annotation file, ordered by path"
+        order = f"order and ids from {source.annotations}" if source.annotations else "no annotation file, in order of paths"
         log.info("%s: %s", source.folder, order)
         if absent:
-            log.warning("%s: lists %d images that are not on disk, first %s", source.annotations, len(absent), absent[0])
+            log.warning("%s: %d images are not on disk, the first is %s", source.annotations, len(absent), absent[0])
         if unlisted:
-            log.warning("%s: %d images are not in %s; they are packed after the others", source.folder, unlisted, source.annotations)
+            log.warning("%s: %d images are not in %s; they come last", source.folder, unlisted, source.annotations)
 
 
 def _cuts(images: list[ListedImage], *, shard_size: int) -> Iterator[list[ListedImage]]:
-    """Cut the listing by what is known before decoding, so that the cut never depends on the order of work."""
+    """Divide the listing by what is known before decoding, so that the result does not depend on the order of work."""
     start, num_bytes = 0, 0
     for i, image in enumerate(images):
         if i > start and (i - start == shard_size or num_bytes + image.num_bytes > MAX_SHARD_BYTES):
@@ -121,7 +123,7 @@ def _report_path(out: Path, number: int) -> Path:
 
 
 def _pack_shard(out: Path, folders: Sequence[Path], shard: tuple[int, list[ListedImage]]) -> int:
-    """Write one tar, its DALI index and, last, the report that tells the shard is done. Runs in a worker process."""
+    """Write one tar, its DALI index and, last, the report that marks the shard as done. Runs in a worker process."""
     number, images = shard
     path = tar_path(out, number)
     rows: list[tuple[int, ...]] = []
@@ -136,8 +138,8 @@ def _pack_shard(out: Path, folders: Sequence[Path], shard: tuple[int, list[Liste
             except BadImage as error:
                 quarantined.append({"source": image.source, "file_name": image.file_name, "reason": str(error)})
                 continue
-            about = {"file_name": image.file_name, "image_id": image.image_id, "width": packed.width, "height": packed.height}
-            text = json.dumps(about).encode()
+            values = {"file_name": image.file_name, "image_id": image.image_id, "width": packed.width, "height": packed.height}
+            text = json.dumps(values).encode()
             jpeg_at, text_at = add(f"{image.key}.jpg", packed.jpeg), add(f"{image.key}.json", text)
             lines.append(f"jpg {jpeg_at} {len(packed.jpeg)} {image.key}.jpg json {text_at} {len(text)} {image.key}.json\n")
             rows.append((jpeg_at, len(packed.jpeg), image.image_id, 0, 0, packed.height, packed.width, image.source))
@@ -150,7 +152,7 @@ def _pack_shard(out: Path, folders: Sequence[Path], shard: tuple[int, list[Liste
             file.write("".join([f"v1.2 {len(lines)}\n", *lines]).encode())  # as DALI's wds2idx writes it
         with path.open("rb") as tar:
             report |= {"num_bytes": path.stat().st_size, "sha256": hashlib.file_digest(tar, "sha256").hexdigest()}
-    else:  # every image was bad: no reader takes an empty shard
+    else:  # every image was bad: readers accept no empty shard
         path.unlink()
     write_json(_report_path(out, number), report)
     return len(images)
@@ -166,7 +168,7 @@ def _read(path: Path) -> bytes:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """A POSIX (ustar) header that depends on nothing but name and size."""
+    """A POSIX (ustar) header that depends only on name and size."""
     member = tarfile.TarInfo(name)
     member.size = size
     member.mode = 0o444
@@ -175,7 +177,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 @contextmanager
 def new_tar(path: Path) -> Iterator[Callable[[str, bytes], int]]:
-    """Write a tar file atomically; yields `add(name, data)`, which returns where the member's data begin."""
+    """Write a tar file atomically; yields `add(name, data)`, which returns the position of the member's data."""
     with atomic_file(path) as file:
 
         def add(name: str, data: bytes) -> int:
@@ -247,7 +249,7 @@ def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str
 
 
 def _renumber(path: Path, report: dict[str, Any], number: int, out: Path) -> None:
-    """Close the gaps that shards without a good image leave. A run killed in between can go on: reports are changed after their files."""
+    """Close the gap left by shards without a good image. A run killed in between can be resumed: a report is changed after its files."""
     if report["number"] != number:
         old, new = tar_path(out, report["number"]), tar_path(out, number)
         for suffix in (".tar", ".idx"):
@@ -256,66 +258,65 @@ def _renumber(path: Path, report: dict[str, Any], number: int, out: Path) -> Non
         write_json(path, report | {"number": number})
 
 
-def _finished(out: Path, *, inputs: str) -> Manifest | None:
-    """The manifest of `out` if it was packed from the same inputs and nothing is lost."""
+def _finished(out: Path, *, inputs: str, warn: bool = False) -> Manifest | None:
+    """The manifest of `out` if it was packed from the same inputs and no file is missing."""
     if not (out / MANIFEST_NAME).exists():
         return None
     if Manifest.read(out).inputs != inputs:
-        raise StaleError(f"{out}: was packed from other images or with other settings; {_CHOICE}")
+        raise StaleError(f"{out}: packed from other images or with other settings; {_REMEDY}")
     try:
         index = ShardIndex.open(out)
         for path, num_bytes in zip(index.shard_paths, index.shards["num_bytes"], strict=True):
             if not path.is_file() or path.stat().st_size != num_bytes:
-                raise DataError(f"{path}: is missing or cut short")
+                raise DataError(f"{path}: missing or truncated")
     except DataError as error:
-        log.warning("%s; packing again", error)
+        if warn:
+            log.warning("%s; packing again", error)
         return None
+    log.info("%s: up to date, %d images in %d shards", out, len(index), index.num_shards)
     return index.manifest
 
 
 @contextmanager
-def _work_folder(out: Path, *, inputs: str, overwrite: bool) -> Iterator[None]:
-    """Hold `out` for this run alone, cleared of another packing. A run that fails before its first shard is done leaves nothing behind."""
+def _work_folder(out: Path, *, inputs: str, overwrite: bool) -> Iterator[Manifest | None]:
+    """Lock `out` and clear it of another dataset; yields the manifest if there turns out to be nothing to do.
+
+    A run that fails before its first shard is done leaves nothing behind, and in a folder that was not empty only the lock file.
+    """
     work = out / WORK_NAME
     if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: is a file; choose another folder with --out")
-    if out.is_dir() and not work.exists() and not (out / MANIFEST_NAME).exists() and any(out.iterdir()):
-        raise DataError(f"{out}: is not empty and holds no packed images; choose another folder with --out")
-    created = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("w")
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder with --out") from error
-    with lock:
+        raise DataError(f"{out}: is a file, not a folder; choose another folder with --out")
+    entries = set(os.listdir(out)) if out.is_dir() else set()
+    if entries - {LOCK_NAME} and not entries & {WORK_NAME, MANIFEST_NAME}:
+        raise DataError(f"{out}: is not empty and not a dataset; choose another folder with --out")
+    with locked(out, what="orl-fast shard"):
+        # Look again: another process may have finished in the meantime, or been killed before it could remove its work folder.
+        finished = None if overwrite else _finished(out, inputs=inputs, warn=True)
+        plan = work / "inputs"
+        planned = plan.read_text() if plan.exists() else None
+        complete = (out / MANIFEST_NAME).exists()
+        if planned not in (None, inputs) and not complete and not overwrite and any(work.glob("*.json")):
+            raise StaleError(f"{out}: holds an unfinished dataset of other images or settings; {_REMEDY}")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{out}: another orl-fast shard is writing here; wait for it, or choose another folder with --out") from error
-        try:
-            plan = work / "inputs"
-            planned = plan.read_text() if plan.exists() else None
-            finished = (out / MANIFEST_NAME).exists()
-            if planned not in (None, inputs) and not finished and not overwrite:
-                raise StaleError(f"{out}: holds an unfinished packing of other images or settings; {_CHOICE}")
-            if planned != inputs or finished:
-                _clear(out)
-                plan.write_text(inputs)
-            yield
-            shutil.rmtree(work)
+            if not finished:
+                if planned != inputs or complete:
+                    _clear(out)
+                with atomic_file(plan) as file:
+                    file.write(inputs.encode())
+                for folder in (out, work):
+                    remove_leftovers(folder)
+            yield finished
         except BaseException:
             if not any(work.glob("*.json")):
                 _clear(out)
-                shutil.rmtree(work)
-                with suppress(OSError):  # someone else may have put something there
-                    for folder in created:
-                        folder.rmdir()
+                shutil.rmtree(work, ignore_errors=True)
             raise
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _clear(out: Path) -> None:
-    """Remove another packing, its manifest first; what orl-fast shard did not write stays."""
+    """Remove another dataset, its manifest first; files that orl-fast shard did not write stay."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
-    for pattern in ("images-??????.tar", "images-??????.idx", "*.partial", INDEX_NAME, NAMES_NAME, SHARDS_NAME, f"{WORK_NAME}/*.json"):
+    for pattern in ("images-??????.tar", "images-??????.idx", INDEX_NAME, NAMES_NAME, SHARDS_NAME, f"{WORK_NAME}/*.json"):
         for path in out.glob(pattern):
             path.unlink()

@@ -37,7 +37,7 @@ def test_pack_again_and_verify(photos: Path, tmp_path: Path) -> None:
     assert "shards/photos: 7 images in 3 shards" in done.stdout
     assert "6 with their original bytes, 1 re-encoded" in done.stdout
     assert "1 PNG RGBA" in done.stdout
-    assert "1 set aside" in done.stdout
+    assert "1 quarantined" in done.stdout
     assert r"'bad\n.jpg': not an image of a known format" in done.stdout
     again = orl_fast("shard", "photos/", "--shard-size", 3, folder=tmp_path)
     assert again.returncode == 0
@@ -69,11 +69,11 @@ def test_verify_tells_each_fault_and_fails(photos: Path, tmp_path: Path) -> None
         (["shard", "."], 1, "lies within the source"),
         (["shard", "photos", "--split", "val"], 1, "has no splits"),
         (["shard", "photos", "photos"], 1, "give each folder once"),
-        (["shard", "photos", "--out", "other"], 1, "is not empty and holds no packed images"),
+        (["shard", "photos", "--out", "other"], 1, "is not empty and not a dataset"),
         (["shard"], 2, "Missing argument 'SRC...'"),
         (["shard", "photos", "--workers", "0"], 2, "--workers"),
         (["verify"], 1, "run orl-fast shard FOLDER first"),
-        (["verify", "photos"], 1, "photos: holds no packed images"),
+        (["verify", "photos"], 1, "photos: not a dataset"),
         (["verify", "nowhere"], 1, "nowhere: no such folder"),
         (["verify", "photos", "--fast", "--decode"], 2, "choose one"),
     ],

@@ -1,16 +1,22 @@
-"""The shards through the eyes of the tools that others use."""
+"""The shards as the tools of others read them."""
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import tarfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from orl_fast.mining.pairs import write_pair_shards
 from orl_fast.shards import ShardIndex, ShardReader
+from orl_fast.shards.images import decode_rgb
 from orl_fast.shards.writer import tar_header
+from orl_fast.tables import BoxTable, PairTable
 
 
 def expected_samples(index: ShardIndex) -> list[tuple[str, bytes, dict[str, object]]]:
@@ -80,7 +86,7 @@ def test_tar_unpacks_the_shards(packed, tmp_path):
 
 
 def test_archives_are_what_pythons_tarfile_writes(packed, tmp_path):
-    """Byte for byte, headers, filling and ending: nothing of the format is our own."""
+    """Byte for byte, headers, padding and end: nothing of the format is our own."""
     for path in ShardIndex.open(packed).shard_paths:
         with tarfile.open(path) as ours, tarfile.open(tmp_path / "own.tar", "w", format=tarfile.USTAR_FORMAT) as own:
             for member in ours:
@@ -92,3 +98,51 @@ def test_archives_are_what_pythons_tarfile_writes(packed, tmp_path):
 
 def test_headers_hold_the_longest_key():
     assert tarfile.TarInfo.frombuf(tar_header("k" * 95 + ".json", 7), "utf-8", "strict").name == "k" * 95 + ".json"
+
+
+def example(number: int, folder: Path) -> str:
+    """A code block of FORMAT.md, for this dataset."""
+    text = (Path(__file__).parents[2] / "shards" / "FORMAT.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number].replace("shards/coco", str(folder))
+
+
+@pytest.mark.filterwarnings("ignore:.*unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_documented_way_to_read_pairs_with_webdataset(packed):
+    index = ShardIndex.open(packed)
+    rng, num = np.random.default_rng(0), len(index)
+    rois = BoxTable.from_lists([rng.integers(0, 20, (3, 4)).astype(np.int16) for _ in range(num)])
+    pairs = PairTable(
+        neighbors=rng.integers(0, num, (num, 2)),
+        first=np.arange(2 * num).reshape(num, 2) * 2,
+        count=np.full((num, 2), 2, np.int32),
+        query_roi=rng.integers(0, 3, 4 * num).astype(np.int16),
+        partner_roi=rng.integers(0, 3, 4 * num).astype(np.int16),
+        similarities=rng.random(4 * num).astype(np.float32),
+    )
+    (packed / "mined" / "pairs").mkdir(parents=True)
+    write_pair_shards(packed / "mined" / "pairs", index=index, rois=rois, pairs=pairs)
+    names: dict[str, Any] = {"found": []}
+    code = example(0, packed)
+    exec(code.rstrip() + "\n        found.append((pixels, rois, row, query, partner))", names)
+    gc.collect()
+    assert len(names["found"]) == 4 * num
+    for i, (pixels, found_rois, row, query, partner) in enumerate(names["found"]):
+        image, neighbor = i // 4, int(pairs.neighbors[i // 4, i % 4 // 2])
+        with ShardReader(index) as reader:
+            np.testing.assert_array_equal(pixels, decode_rgb(reader.view(image)))
+        np.testing.assert_array_equal(found_rois, rois.of(image))
+        assert row == neighbor
+        assert query == rois.of(image)[pairs.query_roi[i]].tolist()
+        assert partner == rois.of(neighbor)[pairs.partner_roi[i]].tolist()
+
+
+def test_the_documented_way_to_read_images_with_dali(packed):
+    names: dict[str, Any] = {}
+    exec(example(1, packed), names)
+    index = ShardIndex.open(packed)
+    assert names["pipeline"].epoch_size("images") == len(index)
+    with ShardReader(index) as reader:
+        expected = {np.asarray(decode_rgb(data)).tobytes() for data in reader.views(range(len(index)))}
+    found = {np.asarray(pixels).tobytes() for pixels in names["pixels"]}
+    assert len(names["pixels"]) == 8
+    assert found <= expected

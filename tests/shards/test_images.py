@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from odd_images import draw_image, encoded
 from PIL import Image, ImageOps
 
-from orl_fast.shards.images import BadImage, packed_image
+from orl_fast.shards.images import BadImage, decode_rgb, packed_image
 
 
 def decode(jpeg: bytes) -> Image.Image:
@@ -72,7 +72,7 @@ def test_exif_rotation_is_baked_in(draw, encode, orientation):
     "exif",
     [b"garbage", b"Exif\0\0", b"Exif\0\0garbage!", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\xff\xff"],
 )
-def test_garbage_in_the_metadata_costs_no_picture(draw, encode, exif):
+def test_garbage_in_the_metadata_loses_no_image(draw, encode, exif):
     jpeg = encode(draw(0), exif=exif)
     assert packed_image(jpeg).jpeg == jpeg
 
@@ -148,7 +148,7 @@ def test_float_samples_are_refused(encode):
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8", b"\xff\xd8\xff", bytes(5000), b"\x89PNG\r\n\x1a\n", b"<svg/>", b"%PDF-1.4"])
-def test_what_is_no_image_is_refused(data):
+def test_other_files_are_refused(data):
     with pytest.raises(BadImage):
         packed_image(data)
 
@@ -218,3 +218,12 @@ def test_damaged_jpegs_that_are_kept_decode_alike_in_dali():
         pixels = np.asarray(image)
         assert pixels.shape == (packed.height, packed.width, 3)
         np.testing.assert_array_equal(pixels, decode(packed.jpeg).convert("RGB"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_images_are_decoded_to_rgb(draw, encode, mode):
+    data = encode(draw(0).convert(mode))
+    image = decode_rgb(np.frombuffer(data, np.uint8))
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(image, decode(data).convert("RGB"))
+    assert decode_rgb(data) == image

@@ -3,6 +3,9 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,7 +58,7 @@ def test_index_and_reader_travel_to_other_processes(packed):
 @pytest.mark.parametrize(
     "damage", ["missing", "empty", "file", "json", "version", "field", "no index", "rows", "pickle", "no names", "names"]
 )
-def test_what_is_no_shard_folder_is_told(packed, tmp_path, damage):
+def test_other_folders_are_explained(packed, tmp_path, damage):
     path, match = packed, "pack"
     manifest = packed / "manifest.json"
     if damage == "missing":
@@ -122,7 +125,7 @@ def test_rows_outside_are_refused(packed):
 
 
 def test_few_maps_stay_open(packed, monkeypatch):
-    monkeypatch.setattr(reader, "_MAX_OPEN_MAPS", 2)
+    monkeypatch.setattr(reader, "_max_open_maps", lambda: 2)
     index = ShardIndex.open(packed)
     expected = [index.shard_paths[s].read_bytes()[o : o + n] for s, o, n in zip(index.shard_ids, index.offsets, index.sizes, strict=True)]
     before = open_files()
@@ -133,8 +136,36 @@ def test_few_maps_stay_open(packed, monkeypatch):
     assert open_files() == before
 
 
+@pytest.mark.parametrize(("soft", "hard", "maps"), [(256, 4096, 2048), (1024, 1024, 512), (20, 20, 16), (1024, 10**6, 4096)])
+def test_the_first_reader_raises_the_limit_of_open_files(packed, soft, hard, maps):
+    """COCO has 463 shards. Importing the reader changes nothing."""
+    script = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, min({hard}, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+from pathlib import Path
+from orl_fast.shards import ShardIndex, ShardReader, reader
+assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == {soft}
+ShardReader(ShardIndex.open(Path({str(packed)!r}))).read(22)
+print(reader._max_open_maps(), *resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < min(hard, 16_384):
+        pytest.skip("the hard limit is lower here")
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    assert found[:2] == [str(maps), str(min(hard, 16_384))]
+
+
+def test_many_rows_are_read_at_once(packed):
+    with ShardReader(ShardIndex.open(packed)) as reader:
+        for rows in ([22, 0, 7, 7], np.array([3, 19]), []):
+            views = reader.views(rows)
+            assert [view.tobytes() for view in views] == [reader.read(int(row)) for row in rows]
+            assert not any(view.flags.owndata for view in views)
+        with pytest.raises(IndexError, match="row 23"):
+            reader.views([0, 23])
+
+
 def test_threads_share_a_reader(packed, monkeypatch):
-    monkeypatch.setattr(reader, "_MAX_OPEN_MAPS", 2)
+    monkeypatch.setattr(reader, "_max_open_maps", lambda: 2)
     index = ShardIndex.open(packed)
     with ShardReader(index) as shared, ThreadPoolExecutor(8) as pool:
         expected = [shared.read(i) for i in range(23)]
@@ -175,7 +206,7 @@ def test_a_reader_can_be_sent_to_a_spawned_process(packed):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "longer", "empty"])
-def test_damaged_shards_are_told_before_they_are_read(packed, damage):
+def test_damaged_shards_are_reported_before_they_are_read(packed, damage):
     index = ShardIndex.open(packed)
     path = index.shard_paths[1]
     if damage == "missing":

@@ -107,11 +107,11 @@ def test_one_folder_twice_is_refused(tmp_path, photos):
         find_sources([photos, tmp_path / "link"])
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"images": [{"id": 1}]}', '{"images": 3}', '{"images": [{"id": "x", "file_name": "a"}]}'])
-def test_damaged_annotation_files_are_told(tmp_path, text):
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"images": [{"id": 1}]}', '{"images": 3}'])
+def test_damaged_annotation_files_are_reported(tmp_path, text):
     make_coco(tmp_path, "train2017", [1])
     (tmp_path / "annotations" / "instances_train2017.json").write_text(text)
-    with pytest.raises(DataError, match=r"instances_train2017\.json: is no COCO annotation file"):
+    with pytest.raises(DataError, match=r"instances_train2017\.json: (not a COCO-style annotation file|cannot be read as JSON)"):
         list_images(find_sources([tmp_path]))
 
 
@@ -149,7 +149,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path):
     }
 
 
-def test_digest_sees_names_ids_and_sizes_but_not_places(tmp_path, photos):
+def test_digest_depends_on_names_ids_and_sizes_but_not_on_locations(tmp_path, photos):
     before = list_images(find_sources([photos])).digest()
     moved = photos.rename(tmp_path / "moved")
     assert list_images(find_sources([moved])).digest() == before

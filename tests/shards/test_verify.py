@@ -46,7 +46,7 @@ def test_any_changed_byte_is_found(packed, place):
     data[at] ^= 1
     path.write_bytes(data)
     lines = found(packed)
-    assert "images-000002.tar: its bytes are not those that were packed (SHA-256)" in lines
+    assert "images-000002.tar: its bytes have changed since it was packed (SHA-256)" in lines
     assert all(line.startswith("images-000002.tar: ") for line in lines)
     assert found(packed, fast=True) == []
     if place in ("header", "json"):
@@ -75,7 +75,7 @@ def test_wrong_table_of_shards_is_found(packed):
     shards = np.load(packed / "shards.npy")
     shards["first_row"][1] = 4
     np.save(packed / "shards.npy", shards)
-    assert "follow one another" in found(packed)[0]
+    assert "order of its shards" in found(packed)[0]
     shards["first_row"][1] = 5
     shards["sha256"][2] = b"0" * 64
     np.save(packed / "shards.npy", shards)
@@ -84,7 +84,12 @@ def test_wrong_table_of_shards_is_found(packed):
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("offset", 1 << 40, "outside"), ("width", 0, "no pixels"), ("shard", 3, "follow one another"), ("image_id", 99, "tells otherwise")],
+    [
+        ("offset", 1 << 40, "outside"),
+        ("width", 0, "without pixels"),
+        ("shard", 3, "order of its shards"),
+        ("image_id", 99, "differs from"),
+    ],
 )
 def test_wrong_rows_are_found(packed, field, value, message):
     rows = np.load(packed / "index.npy")
@@ -100,7 +105,7 @@ def test_exchanged_rows_are_found(packed):
     for field in ("offset", "size"):
         rows[field][[6, 7]] = rows[field][[7, 6]]
     np.save(packed / "index.npy", rows)
-    assert any("lies elsewhere" in line for line in found(packed))
+    assert any("position differs" in line for line in found(packed))
     assert [line.split(":")[0] for line in found(packed, fast=True)] == ["images-000001.idx"]
 
 

@@ -1,5 +1,7 @@
+import errno
+import fcntl
 import json
-import multiprocessing
+import logging
 import os
 import shutil
 import signal
@@ -11,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from odd_images import draw_image, encoded
+from PIL import ImageFile
 
 from orl_fast.errors import DataError, StaleError
-from orl_fast.shards import Manifest, ShardIndex, ShardReader, write_shards, writer
+from orl_fast.files import locked
+from orl_fast.shards import Manifest, ShardIndex, ShardReader, workers, write_shards, writer
 from orl_fast.shards.sources import find_sources, list_images
 from orl_fast.shards.verify import verify_shards
 from orl_fast.shards.workers import run_in_workers
@@ -57,12 +61,12 @@ def test_bytes_do_not_depend_on_the_number_of_workers(photos, packed, tmp_path):
     assert contents(one) == contents(three)
     assert sorted(contents(one)) == sorted(
         [f"images-{i:06d}.{suffix}" for i in range(5) for suffix in ("idx", "tar")]
-        + ["index.npy", "manifest.json", "names.bin", "shards.npy"]
+        + [".lock", "index.npy", "manifest.json", "names.bin", "shards.npy"]
     )
 
 
 @pytest.mark.parametrize("failing_call", range(1, 37, 2))
-def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(photos, tmp_path, monkeypatch, failing_call):
+def test_a_run_stopped_anywhere_is_resumed_to_the_same_bytes(photos, tmp_path, monkeypatch, failing_call):
     """Stop at one rename after the other. The second of four shards holds no good image, so that the others move up."""
     for i in range(5, 10):
         (photos / f"0{i}").mkdir()
@@ -95,8 +99,8 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bytes(photos, tmp_path, monk
     assert contents(out) == contents(straight)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(photos, tmp_path):
-    """SIGKILL to the parent while its workers write: they end by themselves, and what is done is not done again."""
+def test_a_killed_run_is_resumed_to_the_same_bytes(photos, tmp_path):
+    """SIGKILL to the parent while its workers write: they exit by themselves, and finished shards are kept."""
     photo = encoded(draw_image(0, width=500, height=400), quality=95)
     for i in range(160):
         (photos / f"more{i:03d}.jpg").write_bytes(photo + bytes([i % 256]))
@@ -115,7 +119,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(photos, tmp_path):
     assert not (out / "manifest.json").exists()
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("images-*.tar") if (out / ".work" / f"{path.stem[7:]}.json").exists()}
     deadline = time.monotonic() + 20
-    while True:  # until the workers let go of the lock's folder; they die with their parent
+    while True:  # until the killed run's workers, which may still be writing, have exited
         try:
             write_shards([photos], out, shard_size=4, num_workers=1)
             break
@@ -149,7 +153,7 @@ def test_lost_files_are_packed_again(photos, packed):
     assert contents(packed) == before
 
 
-def test_overwriting_mends_what_only_verify_can_see(photos, packed):
+def test_overwriting_fixes_what_only_verify_can_see(photos, packed):
     before = contents(packed)
     (packed / "images-000002.tar").write_bytes(bytes(len(before["images-000002.tar"])))
     write_shards([photos], packed, shard_size=5, num_workers=1)
@@ -188,6 +192,19 @@ def test_other_inputs_are_refused_unless_overwritten(photos, packed, tmp_path, c
     assert contents(packed) == {**contents(tmp_path / "fresh"), "mined/table.npy": b"others' work"}
 
 
+def test_an_interrupted_overwrite_is_resumed(photos, packed, monkeypatch):
+    before = contents(packed)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            write_shards([photos], packed, shard_size=5, num_workers=1, overwrite=True)
+    done = {path: path.stat().st_mtime_ns for path in packed.glob("*.tar")}
+    assert len(done) == 5
+    write_shards([photos], packed, shard_size=5, num_workers=1, overwrite=True)
+    assert done == {path: path.stat().st_mtime_ns for path in packed.glob("*.tar")}
+    assert contents(packed) == before
+
+
 def test_an_unfinished_packing_of_other_images_is_refused(photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -203,7 +220,7 @@ def test_an_unfinished_packing_of_other_images_is_refused(photos, tmp_path, monk
     assert len(ShardIndex.open(out)) == 24
 
 
-def test_bad_images_are_set_aside_with_their_reasons(photos, tmp_path):
+def test_bad_images_are_quarantined_with_their_reasons(photos, tmp_path):
     good = (photos / "dir0" / "image 00.JPG").read_bytes()
     bad = {"0 empty.jpg": b"", "1 text.jpg": b"hello", "2 half.jpg": good[: len(good) // 2], "dir1/\udcff line\n.png": b"\x89PNG"}
     for name, data in bad.items():
@@ -239,7 +256,7 @@ def test_nothing_is_left_when_every_image_is_bad(tmp_path):
     assert os.listdir(tmp_path) == ["bad"]
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(photos, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_nothing(photos, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**6, 10**6 - 100, 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match="free some space"):
@@ -247,7 +264,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(photos, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["photos"]
 
 
-def test_folders_that_cannot_be_used_are_told(photos, tmp_path):
+def test_folders_that_cannot_be_used_are_explained(photos, tmp_path):
     with pytest.raises(DataError, match="lies within the source"):
         write_shards([photos], photos / "dir0" / "out")
     with pytest.raises(DataError, match="lies within the source"):
@@ -269,31 +286,61 @@ def test_folders_that_cannot_be_used_are_told(photos, tmp_path):
         write_shards([photos], tmp_path / "out", shard_size=0)
 
 
-def _hold(lock_path: str, held, done) -> None:
-    import fcntl
+PACK = """
+import sys
+from pathlib import Path
+from orl_fast.shards import write_shards
+write_shards([Path(sys.argv[1])], Path(sys.argv[2]), shard_size=5, num_workers=1, overwrite=True)
+"""
 
-    with open(lock_path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        held.set()
-        done.wait(30)
+
+def test_two_runs_do_not_write_one_folder(photos, packed):
+    before = contents(packed)
+    with locked(packed, what="orl-fast shard"):
+        with pytest.raises(DataError, match=r"orl-fast shard \(process .*\) is writing here; wait"):
+            write_shards([photos], packed, shard_size=5, num_workers=1, overwrite=True)
+        write_shards([photos], packed, shard_size=5)  # up to date, so there is nothing to write
+    assert contents(packed) == before
 
 
-def test_two_runs_do_not_write_one_folder(photos, tmp_path):
-    work = tmp_path / "out" / ".work"
-    work.mkdir(parents=True)
-    context = multiprocessing.get_context("spawn")
-    held, done = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(str(work / "lock"), held, done))
-    other.start()
-    try:
-        assert held.wait(30)
-        with pytest.raises(DataError, match="another orl-fast shard"):
-            write_shards([photos], tmp_path / "out", num_workers=1)
-        assert work.exists()
-    finally:
-        done.set()
-        other.join()
-    write_shards([photos], tmp_path / "out", num_workers=1)
+def test_a_run_that_waited_for_another_keeps_what_that_one_packed(photos, packed, tmp_path, monkeypatch):
+    """The other run, from start to end, happens between our opening the lock file and our locking it."""
+    out, flock = tmp_path / "out", fcntl.flock
+    (out / ".work").mkdir(parents=True)
+
+    def slow_flock(file, operation):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        subprocess.run([sys.executable, "-c", PACK, photos, out], check=True)
+        assert not (out / ".work").exists()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow_flock)
+    assert write_shards([photos], out, shard_size=5, num_workers=1) == Manifest.read(packed)
+    assert fcntl.flock is flock
+    assert contents(out) == contents(packed)
+
+
+def test_leftovers_of_killed_writers_are_removed(photos, packed, tmp_path):
+    out = tmp_path / "out"
+    (out / ".work").mkdir(parents=True)
+    for folder in (out, out / ".work"):
+        (folder / f"images-000000.tar.{'0' * 16}.partial").write_bytes(b"half")
+    write_shards([photos], out, shard_size=5, num_workers=1)
+    assert contents(out) == contents(packed)
+
+
+def test_an_image_that_takes_too_much_memory_is_quarantined(photos, tmp_path, monkeypatch):
+    load, name = ImageFile.ImageFile.load, "image 04.JPG"
+
+    def hungry(self):
+        if self.size == (24, 46):
+            raise MemoryError
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", hungry)
+    manifest = write_shards([photos], tmp_path / "out", num_workers=1)
+    assert [(entry.file_name, entry.reason.split(":")[0]) for entry in manifest.quarantined] == [(f"dir1/{name}", "too large")]
+    assert manifest.num_images == 22
 
 
 def test_shards_end_at_their_bytes(photos, tmp_path, monkeypatch):
@@ -311,6 +358,18 @@ def _die(task: int) -> int:
     return task
 
 
-def test_a_killed_worker_is_told():
+def test_a_killed_worker_is_reported():
     with pytest.raises(DataError, match="fewer --workers"):
         list(run_in_workers(_die, range(5), num_workers=2))
+
+
+def test_without_shared_semaphores_one_process_works(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", refuse)
+    warnings: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("orl_fast"), "handle", warnings.append)
+    assert list(run_in_workers(abs, range(-3, 0), num_workers=4)) == [3, 2, 1]
+    assert [record.levelname for record in warnings] == ["WARNING"]
+    assert "/dev/shm" in warnings[0].getMessage()
