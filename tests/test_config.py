@@ -1,80 +1,76 @@
-"""The configuration: recipes, overrides, and messages that name the nearest key."""
-
-from pathlib import Path
+"""The configuration: the paper's numbers as defaults, and sections that cannot hold what makes no sense."""
 
 import pytest
+from pydantic import ValidationError
 
-from orl_fast.config import Config, config_from_dict, config_to_dict, config_to_toml, load_config, recipe_names, with_overrides
-from orl_fast.errors import ConfigError
+from orl_fast.config import Config, MiningConfig, TrainConfig, ViewsConfig, digest
+from orl_fast.methods.orl import OrlConfig
+from orl_fast.recipe import config_to_dict, load_config
+from orl_fast.train.optim import peak_learning_rate
+
+# The paper's section 3 and appendices A and B; where the published implementation differs from it, that.
+PAPER = {
+    "views": {
+        "image_size_px": 224, "patch_size_px": 96, "crop_area": [0.08, 1], "crop_aspect": [3 / 4, 4 / 3], "flip_prob": 0.5,
+        "jitter_prob": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grayscale_prob": 0.2,
+        "blur_sigma_px": [0.1, 2], "blur_prob": [1, 0.1], "solarize_prob": [0, 0.2],
+        "roi_shift": 0.5, "roi_area": [0.5, 2], "roi_aspect": [0.5, 2], "roi_min_iou": 0.5, "roi_attempts": 200,
+    },
+    "model": {"backbone": "resnet50", "projector_hidden": 4096, "projector_out": 256, "predictor_hidden": 4096},
+    "optim": {"lr_per_256": 0.2, "momentum": 0.9, "weight_decay": 1e-4, "warmup_epochs": 4, "ema_momentum": 0.99},
+    "train": {"epochs": 800, "batch_size": 512, "sync_bn": True, "joined_views": False},
+    "orl": {"image_weight": 1, "intra_weight": 1, "inter_weight": 1},
+    "mining": {
+        "resize_px": 256, "crop_px": 224, "num_neighbors": 10, "min_side_px": 96, "max_aspect": 3, "max_iou": 0.5, "max_rois": 100,
+        "roi_size_px": 224, "pair_ratio": 0.1,
+    },
+}  # fmt: skip
 
 
-def test_the_default_recipe_is_the_papers() -> None:
+def test_the_defaults_are_the_papers() -> None:
     config = load_config("coco-r50")
-    assert config == Config()
-    assert (config.views.image_size_px, config.views.patch_size_px) == (224, 96)
-    assert config.views.crop_area == (0.08, 1.0)
-    assert config.views.crop_aspect == (3 / 4, 4 / 3)
-    jitter = (config.views.jitter_prob, config.views.brightness, config.views.contrast, config.views.saturation, config.views.hue)
-    assert jitter == (0.8, 0.4, 0.4, 0.2, 0.1)
-    assert (config.views.blur_prob, config.views.solarize_prob, config.views.blur_sigma_px) == ((1.0, 0.1), (0.0, 0.2), (0.1, 2.0))
-    assert (config.model.projector_hidden, config.model.projector_out, config.model.predictor_hidden) == (4096, 256, 4096)
-    assert (config.optim.lr_per_256, config.optim.momentum, config.optim.weight_decay) == (0.2, 0.9, 1e-4)
-    assert (config.optim.warmup_epochs, config.optim.ema_momentum) == (4.0, 0.99)
-    assert (config.train.epochs, config.train.batch_size) == (800, 512)
-    mining = config.mining
-    assert (mining.num_neighbors, mining.min_side_px, mining.max_aspect, mining.max_iou, mining.max_rois) == (10, 96, 3.0, 0.5, 100)
-    assert (mining.resize_px, mining.crop_px, mining.roi_size_px, mining.pair_ratio) == (256, 224, 224, 0.1)
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_survives_being_written_and_read(name: str, tmp_path: Path) -> None:
-    config = load_config(name)
-    (tmp_path / "copy.toml").write_text(config_to_toml(config))
-    assert load_config(tmp_path / "copy.toml") == config
-    assert config_from_dict(config_to_dict(config), where="copy") == config
-
-
-def test_overrides_take_dotted_and_unique_bare_keys() -> None:
-    config = load_config(overrides=["train.epochs=2", "lr_per_256=0.5", "crop_area=0.2,1", "compat=paper", "compile=true"])
-    assert (config.train.epochs, config.optim.lr_per_256, config.views.crop_area) == (2, 0.5, (0.2, 1.0))
-    assert (config.compat, config.train.compile) == ("paper", True)
+    found = config_to_dict(config)
+    assert {section: {key: found[section][key] for key in values} for section, values in PAPER.items()} == PAPER
+    assert found["variant"] == "official"
+    assert peak_learning_rate(config) == 0.4  # 0.2 × 512 / 256
+    assert config == load_config()
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    "values",
     [
-        ("train.epoch=2", "train.epochs"),
-        ("epohcs=2", "train.epochs"),
-        ("train.epochs", "key=value"),
-        ("train.epochs=two", "use int"),
-        ("train.epochs=0", "1 or more"),
-        ("train.epochs=true", "use int"),
-        ("views.crop_area=0.5", "2 numbers"),
-        ("views.crop_area=1,0.5", "smaller number first"),
-        ("optim.lr_per_256=inf", "finite"),
-        ("loader.renderer=gpuu", "did you mean 'gpu'"),
-        ("train.accumulate=7", "not a multiple"),
+        {"epochs": 0},
+        {"epochs": "2"},
+        {"epochs": True},
+        {"epochs": 2.0},
+        {"batch_size": 12, "accumulate": 5},
+        {"checkpoint_every_min": float("nan")},
+        {"checkpoint_every_min": -1.0},
+        {"epoch": 2},
     ],
 )
-def test_a_wrong_override_says_what_to_write(override: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        with_overrides(Config(), [override])
+def test_a_section_refuses_what_makes_no_sense(values: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        TrainConfig(**values)  # type: ignore[arg-type]
 
 
-def test_orl_needs_one_term() -> None:
-    with pytest.raises(ConfigError, match="all 0"):
-        with_overrides(Config(), ["image_weight=0", "intra_weight=0", "inter_weight=0"])
+def test_values_are_checked_together_and_never_change() -> None:
+    with pytest.raises(ValidationError, match="smaller number first"):
+        ViewsConfig(crop_area=(1.0, 0.5))
+    with pytest.raises(ValidationError, match="exceeds"):
+        MiningConfig(crop_px=300)
+    with pytest.raises(ValidationError, match="nothing would be learned"):
+        OrlConfig(image_weight=0, intra_weight=0, inter_weight=0)
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().train.epochs = 3  # type: ignore[misc]
 
 
-def test_a_wrong_recipe_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"coco-r50"):
-        load_config("coco-r5")
-    (tmp_path / "bad.toml").write_text("[train\nepochs = 2")
-    with pytest.raises(ConfigError, match="not valid TOML"):
-        load_config(tmp_path / "bad.toml")
-    (tmp_path / "key.toml").write_text("[train]\nepoch = 2")
-    with pytest.raises(ConfigError, match=r"train\.epoch'; did you mean 'epochs'"):
-        load_config(tmp_path / "key.toml")
-    (tmp_path / "section.toml").write_text("train = 3")
-    with pytest.raises(ConfigError, match="section"):
-        load_config(tmp_path / "section.toml")
+def test_a_methods_section_is_found_by_its_class() -> None:
+    assert load_config(overrides=["intra_weight=0.5"]).section(OrlConfig) == OrlConfig(intra_weight=0.5)
+    assert Config().section(OrlConfig) == OrlConfig()
+    assert OrlConfig(intra_weight=0).weights == {"image": 1, "inter": 1}
+
+
+def test_digests_follow_the_values_and_not_their_order() -> None:
+    assert digest({"a": 1, "b": [2.5, "x"]}) == digest({"b": [2.5, "x"], "a": 1}) != digest({"a": 1, "b": [2.5, "y"]})
+    assert digest({"a": 1}) == "f9d86028c6e0d64e"  # the same on every machine and in every version: tables on disk bear it

@@ -1,4 +1,4 @@
-"""Pre-training methods, one page each: a module with `loss(views)` and `after_step`; the loop in `orl_fast.train` does the rest."""
+"""Pre-training methods, one page each. A new one is a file here, a line in METHODS, a recipe and a test (see CONTRIBUTING)."""
 
 from orl_fast.methods.byol import BYOL
 from orl_fast.methods.method import Method

@@ -1,6 +1,6 @@
 """BYOL: Grill et al., "Bootstrap your own latent", NeurIPS 2020; stage 1 of ORL and the image-level term of its stage 3."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +8,8 @@ from torch.nn import functional
 
 from orl_fast.config import Config
 from orl_fast.methods.method import Method, normalized
-from orl_fast.models.heads import predictor
-from orl_fast.models.momentum import Branch, frozen_copy, project, update_target
-from orl_fast.views.loader import Views
+from orl_fast.models import Mlp, Network, ema_momentum, frozen_copy, project, update_target
+from orl_fast.views.specs import Augmentation, RandomCrop, ViewSpec
 
 
 class BYOL(Method):
@@ -21,20 +20,45 @@ class BYOL(Method):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.online = Branch(config.model)
+        self.online = Network(config.model.backbone, (config.model.projector_hidden, config.model.projector_out))
         self.target = frozen_copy(self.online)
-        self.predictor = predictor(config.model.projector_out, hidden=config.model.predictor_hidden)
+        self.predictor = predictor(config)
 
-    def loss(self, views: Views) -> dict[str, Tensor]:
-        assert views.image is not None
-        images = [normalized(view) for view in views.image]
+    @staticmethod
+    def views(config: Config) -> tuple[ViewSpec, ...]:
+        return two_views(config)
+
+    def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        images = [normalized(views[name]) for name in ("view1", "view2")]
         online = project(self.online, images, joined=self.config.train.joined_views)
         with torch.no_grad():
             target = project(self.target, images, joined=self.config.train.joined_views)
         return {"loss": symmetric_loss(self.predictor, online, target)}
 
-    def after_step(self, *, momentum: float) -> None:
-        update_target(self.target, self.online, momentum=momentum)
+    def after_step(self, step: int, num_steps: int) -> dict[str, float]:
+        return follow(self.target, self.online, step, num_steps, base=self.config.optim.ema_momentum)
+
+
+def two_views(config: Config) -> tuple[ViewSpec, ViewSpec]:
+    """Two random resized crops of the image (paper, appendix A)."""
+    views, source = config.views, RandomCrop(area=config.views.crop_area, aspect=config.views.crop_aspect)
+    first, second = Augmentation.pair(views)
+    return (
+        ViewSpec(name="view1", size_px=views.image_size_px, source=source, augmentation=first, stream=1),
+        ViewSpec(name="view2", size_px=views.image_size_px, source=source, augmentation=second, stream=2),
+    )
+
+
+def predictor(config: Config) -> Mlp:
+    """[B, D] projections of the online network → [B, D]: built like the projector."""
+    return Mlp((config.model.projector_out, config.model.predictor_hidden, config.model.projector_out))
+
+
+def follow(target: Network, online: Network, step: int, num_steps: int, *, base: float) -> dict[str, float]:
+    """Move the target network a little toward the online one."""
+    momentum = ema_momentum(step, num_steps=num_steps, base=base)
+    update_target(target, online, momentum=momentum)
+    return {"ema_momentum": momentum}
 
 
 def symmetric_loss(head: nn.Module, online: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:

@@ -1,41 +1,72 @@
 """What the training loop asks of a method."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from orl_fast.config import Config
-from orl_fast.models.momentum import Branch
-from orl_fast.views.loader import Views
+from orl_fast.config import Config, Section
+from orl_fast.models.network import Network
 from orl_fast.views.normalize import normalize
+from orl_fast.views.specs import ViewSpec
 
 
 class Method(nn.Module, ABC):
-    """A self-supervised method. `online` is what it trains: its backbone and projector go to mining, evaluations and export.
+    """A self-supervised method: its views, its networks, its loss, and what happens around a step.
+
+    All random initialization belongs in `__init__`; the seed is set before it. Tensors that a resumed run needs are parameters or buffers.
 
     Attributes:
-        needs_pairs: views are drawn from mined RoIs and pairs too.
+        Settings: its own section of a recipe, read with `config.section(Settings)`; empty where it has no settings.
+        recipe: the shipped recipe that a run without --recipe uses.
+        online: what it trains; its backbone and projector go to mining, evaluations and export.
     """
 
-    needs_pairs: ClassVar[bool] = False
-    online: Branch
+    Settings: ClassVar[type[Section]] = Section
+    recipe: ClassVar[str] = "coco-r50"
+    online: Network
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
 
+    @staticmethod
     @abstractmethod
-    def loss(self, views: Views) -> dict[str, Tensor]:
-        """Scalars by name: "loss", to be minimized, and the terms that it consists of, detached and unweighted."""
+    def views(config: Config) -> tuple[ViewSpec, ...]:
+        """The views of each image; `loss` receives them under their names."""
 
-    def forward(self, views: Views) -> dict[str, Tensor]:
+    @abstractmethod
+    def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scalars by name: "loss", to be minimized, and what else the log should show, detached.
+
+        Args:
+            views: [B, 3, S, S] uint8 by name, on the device (see `normalized`).
+        """
+
+    def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Distributed data parallel hooks into forward, so that all of a step's passes are one call.
         return self.loss(views)
 
-    def after_step(self, *, momentum: float) -> None:
-        """Called after the optimizer's step with the target momentum of this step."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """SGD with momentum in one fused kernel; weight decay also on batch norm and biases (ORL, appendix A). Its lr is set in every step.
+
+        A parameter group with an "lr_scale" gets the schedule's lr times that.
+        """
+        optim = self.config.optim
+        return torch.optim.SGD(self.parameter_groups(), lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer updates, as torch's parameter groups: all that is learned, in one group."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def before_step(self, step: int, num_steps: int) -> None:
+        """Called before the forward passes of a step, 0-based."""
+
+    def after_step(self, step: int, num_steps: int) -> dict[str, float]:
+        """Called after the optimizer's step, with what the log should show."""
+        return {}
 
 
 def normalized(view: Tensor) -> Tensor:

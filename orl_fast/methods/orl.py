@@ -1,53 +1,92 @@
 """ORL: Xie et al., "Unsupervised Object-Level Representation Learning from Scene Images", NeurIPS 2021; stage 3."""
 
 from collections.abc import Mapping
+from typing import Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from orl_fast.config import Config
-from orl_fast.methods.byol import symmetric_loss
+from orl_fast.config import Config, NonNegative, Section
+from orl_fast.methods.byol import follow, predictor, symmetric_loss, two_views
 from orl_fast.methods.method import Method, normalized
-from orl_fast.models.heads import predictor
-from orl_fast.models.momentum import Branch, frozen_copy, project, update_target
-from orl_fast.views.loader import Views
+from orl_fast.models import Network, frozen_copy, project
+from orl_fast.views.specs import Augmentation, JitteredRoi, OwnRoi, PairPartner, PairQuery, Source, ViewSpec
+
+# The two views of each level.
+_VIEWS = {"image": ("view1", "view2"), "intra": ("roi", "jittered_roi"), "inter": ("query_roi", "partner_roi")}
+
+
+class OrlConfig(Section):
+    """Loss weights of the three levels (paper, equation 5). A level whose weight is 0 is neither drawn nor computed."""
+
+    image_weight: NonNegative = 1.0
+    intra_weight: NonNegative = 1.0
+    inter_weight: NonNegative = 1.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By level, those in use."""
+        weights = {"image": self.image_weight, "intra": self.intra_weight, "inter": self.inter_weight}
+        return {level: weight for level, weight in weights.items() if weight > 0}
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.weights:
+            raise ValueError("image_weight, intra_weight and inter_weight are all 0, so nothing would be learned; set one")
+        return self
 
 
 class ORL(Method):
     """BYOL on three levels (section 3.3): two views of the image, an RoI and its jittered copy, an RoI and its partner elsewhere.
 
-    One backbone and projector serve all levels, each level has its own predictor. A term whose weight is 0 is not computed.
+    One backbone and projector serve all levels, each level has its own predictor.
     """
 
-    needs_pairs = True
+    Settings = OrlConfig
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        weights = {"image": config.orl.image_weight, "intra": config.orl.intra_weight, "inter": config.orl.inter_weight}
-        self.weights = {term: weight for term, weight in weights.items() if weight > 0}
-        self.online = Branch(config.model)
+        self.weights = config.section(OrlConfig).weights
+        self.online = Network(config.model.backbone, (config.model.projector_hidden, config.model.projector_out))
         self.target = frozen_copy(self.online)
-        hidden, dim = config.model.predictor_hidden, config.model.projector_out
-        self.predictors = nn.ModuleDict({term: predictor(dim, hidden=hidden) for term in self.weights})
+        self.predictors = nn.ModuleDict({level: predictor(config) for level in self.weights})
 
-    def loss(self, views: Views) -> dict[str, Tensor]:
-        pairs = {"image": views.image, "intra": views.intra, "inter": views.inter}
-        drawn = {term: [normalized(view) for view in pairs[term] or ()] for term in self.weights}
-        online = self._project(self.online, drawn)
+    @staticmethod
+    def views(config: Config) -> tuple[ViewSpec, ...]:
+        first, second = Augmentation.pair(config.views)
+
+        def patches(level: str, sources: tuple[Source, Source], stream: int) -> tuple[ViewSpec, ...]:
+            each = zip(_VIEWS[level], sources, (first, second), strict=True)
+            return tuple(
+                ViewSpec(name=name, size_px=config.views.patch_size_px, source=source, augmentation=augmentation, stream=stream + i)
+                for i, (name, source, augmentation) in enumerate(each)
+            )
+
+        levels = {
+            "image": two_views(config),
+            "intra": patches("intra", (OwnRoi(), JitteredRoi.of(config.views, config.variant)), stream=3),
+            "inter": patches("inter", (PairQuery(), PairPartner()), stream=5),
+        }
+        return tuple(spec for level in config.section(OrlConfig).weights for spec in levels[level])
+
+    def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        images = {level: [normalized(views[name]) for name in _VIEWS[level]] for level in self.weights}
+        online = self._project(self.online, images)
         with torch.no_grad():
-            target = self._project(self.target, drawn)
-        terms = {term: symmetric_loss(self.predictors[term], online[term], target[term]) for term in drawn}
-        total = torch.stack([self.weights[term] * loss for term, loss in terms.items()]).sum()
-        return {"loss": total} | {term: loss.detach() for term, loss in terms.items()}
+            target = self._project(self.target, images)
+        losses = {level: symmetric_loss(self.predictors[level], online[level], target[level]) for level in images}
+        total = torch.stack([self.weights[level] * loss for level, loss in losses.items()]).sum()
+        return {"loss": total} | {level: loss.detach() for level, loss in losses.items()}
 
-    def after_step(self, *, momentum: float) -> None:
-        update_target(self.target, self.online, momentum=momentum)
+    def after_step(self, step: int, num_steps: int) -> dict[str, float]:
+        return follow(self.target, self.online, step, num_steps, base=self.config.optim.ema_momentum)
 
-    def _project(self, branch: Branch, drawn: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-        """Two projections for each term. Joined views make one pass over the images and one over all patches."""
+    def _project(self, network: Network, images: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """Two projections for each level. Joined views make one pass over the images and one over all patches."""
         projected: dict[str, list[Tensor]] = {}
-        for level in (("image",), ("intra", "inter")):
-            terms = [term for term in level if term in drawn]
-            outputs = project(branch, [view for term in terms for view in drawn[term]], joined=self.config.train.joined_views)
-            projected |= {term: outputs[2 * i : 2 * i + 2] for i, term in enumerate(terms)}
+        for size in (("image",), ("intra", "inter")):
+            levels = [level for level in size if level in images]
+            outputs = project(network, [view for level in levels for view in images[level]], joined=self.config.train.joined_views)
+            projected |= {level: outputs[2 * i : 2 * i + 2] for i, level in enumerate(levels)}
         return projected

@@ -1,11 +1,11 @@
-"""Networks: backbones, heads, online and target branch, and the trained encoder that mining and evaluations use."""
+"""Networks: backbones, heads, a method's network and its moving average, and the trained encoder that mining and evaluations use."""
 
 from orl_fast.models.backbone import Backbone, build_backbone
-from orl_fast.models.encoder import Encoder, load_encoder, read_checkpoint
-from orl_fast.models.heads import predictor, projector
-from orl_fast.models.momentum import Branch, frozen_copy, project, update_target
+from orl_fast.models.encoder import Encoder, load_encoder, random_encoder
+from orl_fast.models.heads import Mlp
+from orl_fast.models.network import Network, ema_momentum, frozen_copy, project, update_target
 
 __all__ = [
-    "Backbone", "Branch", "Encoder", "build_backbone", "frozen_copy", "load_encoder", "predictor", "project", "projector",
-    "read_checkpoint", "update_target",
+    "Backbone", "Encoder", "Mlp", "Network", "build_backbone", "ema_momentum", "frozen_copy", "load_encoder", "project", "random_encoder",
+    "update_target",
 ]  # fmt: skip

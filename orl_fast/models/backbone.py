@@ -1,19 +1,24 @@
-"""Backbones: torchvision's classifiers without their pooling and classifier, from random weights."""
+"""Backbones from random weights: torchvision's classifiers without their pooling and classifier, and timm's where it is installed."""
 
 import copy
 import difflib
 from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
+from torchvision.ops import Permute
 
 from orl_fast.errors import ConfigError
 
 _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Flatten, nn.Linear)
 _PROBE_PX = 224
+_NUM_LEVELS = 5
 SMALL_RESNET = "resnet10_small"
+TIMM = "timm/"
 
 
 class Backbone(nn.Sequential):
@@ -24,30 +29,91 @@ class Backbone(nn.Sequential):
 
     num_features: int
 
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of several depths: the last one of each resolution, at most five, the deepest last.
+
+        Of a ResNet: conv1 after its ReLU, layer1, layer2, layer3, layer4.
+        """
+        found: list[Tensor] = []
+        features, channels_first = images, True
+        for layer in _layers(self):
+            features = layer(features)
+            if isinstance(layer, Permute):  # Swin computes [B, h, w, C] within
+                channels_first = not channels_first
+            level = features if channels_first else features.permute(0, 3, 1, 2)
+            if found and level.shape[2:] == found[-1].shape[2:]:
+                found.pop()
+            found.append(level)
+        return found[-_NUM_LEVELS:]
+
+
+class TimmBackbone(Backbone):
+    """A model of timm, vision transformers included: their tokens, without class and register tokens, are laid out as a map."""
+
+    trunk: Any
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError as error:
+            raise ConfigError(f"model.backbone = {TIMM + name!r}: timm is not installed; pip install 'orl-fast[timm]'") from error
+        known = timm.list_models()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {TIMM + near[0]!r}?" if near else f"for example {TIMM}vit_small_patch16_224"
+            raise ConfigError(f"model.backbone = {TIMM + name!r}: timm has no such model; {hint}")
+        options: dict[str, Any] = {"pretrained": False, "num_classes": 0, "global_pool": ""}
+        try:
+            self.trunk = timm.create_model(name, dynamic_img_size=True, **options)  # views of other sizes than it was made for
+        except TypeError:  # not a model with position embeddings
+            self.trunk = timm.create_model(name, **options)
+        self.num_features = int(self.trunk.num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.trunk.forward_features(images)
+        if features.ndim == 3:  # [B, tokens, C]
+            patch_px, patches = self.trunk.patch_embed.patch_size, features[:, self.trunk.num_prefix_tokens :].transpose(1, 2)
+            return patches.reshape(*patches.shape[:2], images.shape[2] // patch_px[0], images.shape[3] // patch_px[1])
+        return features if features.shape[1] == self.num_features else features.permute(0, 3, 1, 2)
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """One map of each resolution; of a vision transformer, evenly spaced blocks."""
+        found: list[Tensor] = self.trunk.forward_intermediates(images, norm=True, output_fmt="NCHW", intermediates_only=True)
+        by_size = {features.shape[2:]: features for features in found}
+        if len(by_size) > 1:
+            return list(by_size.values())[-_NUM_LEVELS:]
+        return [found[(i + 1) * len(found) // _NUM_LEVELS - 1] for i in range(_NUM_LEVELS)]
+
 
 def build_backbone(name: str) -> Backbone:
-    """The trunk of a torchvision classifier, randomly initialized; nothing is downloaded.
+    """The trunk of a classifier, randomly initialized; nothing is downloaded.
 
-    ResNets: convolutions Kaiming-normal fan-in, batch norm weight 1, no zero-init residual (ORL, appendix A). Others keep
-    torchvision's own initialization, which belongs to their design.
+    torchvision's ResNets: convolutions Kaiming-normal fan-in, batch norm weight 1, no zero-init residual (ORL, appendix A). Others keep
+    their library's own initialization, which belongs to their design.
 
     Args:
-        name: "resnet10_small" (below), "resnet18" … "resnet152", "convnext_tiny", … (`torchvision.models.list_models()`).
+        name: "resnet10_small" (below), "resnet18" … "resnet152", "convnext_tiny", … (`torchvision.models.list_models()`), or
+            "timm/NAME" for any of timm's, for example "timm/vit_small_patch16_224".
     Raises:
-        ConfigError: no such model (the nearest name is given), or one that gives no feature map (vision transformers).
+        ConfigError: no such model (the nearest name is given), or one that gives no feature map.
     """
+    if name.startswith(TIMM):
+        timm_backbone = TimmBackbone(name.removeprefix(TIMM))
+        _probe(timm_backbone, name)
+        return timm_backbone
     if name == SMALL_RESNET:
         return _small_resnet()
     known = [SMALL_RESNET, *torchvision.models.list_models(module=torchvision.models)]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "for example resnet50"
+        hint = f"did you mean {near[0]!r}?" if near else f"for example resnet50, or {TIMM}NAME for a model of timm"
         raise ConfigError(f"model.backbone = {name!r}: torchvision has no such classifier; {hint}")
-    # GoogLeNet and Inception warn about their slow default initialization unless told.
+    # GoogLeNet and Inception warn about their slow default initialization unless it is asked for.
     options = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **options)
     backbone = _trunk(model)
-    backbone.num_features = _num_features(backbone, name)
+    backbone.num_features = _probe(backbone, name)
     if isinstance(model, torchvision.models.ResNet):
         init_kaiming(backbone)
     return backbone
@@ -88,12 +154,30 @@ def _trunk(model: nn.Module) -> Backbone:
     return trunk
 
 
-def _num_features(backbone: Backbone, name: str) -> int:
-    """The channels of the feature map, found by a forward pass without arithmetic (meta device)."""
+def _probe(backbone: Backbone, name: str) -> int:
+    """The channels of the feature map, found by a pass without arithmetic (meta device); freezes parameters that do not reach the map.
+
+    timm keeps some of a head's; distributed training waits for the gradient of all that is to be learned.
+    """
+    probe = copy.deepcopy(backbone).to("meta").eval()
     try:
-        _, num_features, _, _ = copy.deepcopy(backbone).to("meta").eval()(torch.empty(1, 3, _PROBE_PX, _PROBE_PX, device="meta")).shape
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        features = probe(torch.empty(1, 3, _PROBE_PX, _PROBE_PX, device="meta"))
+        _, num_features, _, _ = features.shape
+        features.sum().backward()
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise ConfigError(
-            f"model.backbone = {name!r}: gives no feature map [B, C, h, w]; use a convolutional one, for example resnet50"
+            f"model.backbone = {name!r}: gives no feature map [B, C, h, w] at {_PROBE_PX} px; use a convolutional one, for example "
+            f"resnet50, or a transformer of timm, for example {TIMM}vit_small_patch16_224"
         ) from error
+    for parameter, probed in zip(backbone.parameters(), probe.parameters(), strict=True):
+        parameter.requires_grad_(probed.grad is not None)
     return int(num_features)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """What is called one after the other, nested sequences unfolded."""
+    for child in module.children():
+        if isinstance(child, nn.Sequential) and type(child).forward is nn.Sequential.forward:
+            yield from _layers(child)
+        else:
+            yield child

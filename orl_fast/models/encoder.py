@@ -1,21 +1,6 @@
-"""Trained encoders out of checkpoints, for mining and evaluations.
-
-A checkpoint is one file written by `torch.save`, readable with `weights_only=True`, a dict:
-
-    format             1
-    method             "byol", "orl", …
-    step               steps done: the whole state of the loader and the schedules
-    model              the method's state_dict: "online.backbone.…" (torchvision's names), "online.projector.…", "target.…", "predictors.…"
-    optimizer          the optimizer's state_dict
-    config             the run's configuration as nested dicts (`orl_fast.config.config_from_dict`)
-    index              fingerprint of the packed images
-    mined              fingerprints of the mined tables in use, by name; empty for methods that need none
-    versions           of orl-fast, torch and torchvision
-"""
+"""Trained encoders out of checkpoints, for mining, evaluations and exports: none of them sees a method's class."""
 
 import hashlib
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,28 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orl_fast.config import Config, config_from_dict
-from orl_fast.errors import ConfigError, DataError, MissingStageError
+from orl_fast.checkpoint import checkpoint_path, read_checkpoint
+from orl_fast.config import Config, MiningConfig
+from orl_fast.errors import ConfigError, DataError
 from orl_fast.models.heads import pool
-from orl_fast.models.momentum import Branch
-
-CHECKPOINT_FORMAT = 1
-_KEYS = {"format", "method", "step", "model", "optimizer", "config", "index", "mined", "versions"}
+from orl_fast.models.network import Network
 
 
 class Encoder(nn.Module):
-    """The online branch, in eval mode and without gradients.
+    """A backbone with its projector, in eval mode and without gradients.
 
     Attributes:
-        config: the run's configuration.
+        mining: the sizes that images and RoIs are encoded at, as configured for the run.
         fingerprint: digest of the weights; tables made with the encoder carry it.
     """
 
-    def __init__(self, branch: Branch, *, config: Config) -> None:
+    def __init__(self, network: Network, *, mining: MiningConfig) -> None:
         super().__init__()
-        self.backbone, self.projector = branch.backbone, branch.projector
-        self.config = config
-        self.fingerprint = _digest_weights(branch)
+        self.backbone, self.projector, self.mining = network.backbone, network.projector, mining
+        self.fingerprint = weights_digest(network)
         self.requires_grad_(False).eval()
 
     @property
@@ -57,9 +39,13 @@ class Encoder(nn.Module):
         return pool(self.backbone(images))
 
     def projected(self, images: Tensor) -> Tensor:
-        """Normalized float images [B, 3, H, W] → projections [B, projector_out], not L2-normalized."""
+        """Normalized float images [B, 3, H, W] → projections [B, D], not L2-normalized."""
         projections: Tensor = self.projector(self.pooled(images))
         return projections
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """Feature maps [B, C, h, w] of several depths, the deepest last (see `Backbone.levels`)."""
+        return self.backbone.levels(images)
 
     forward = pooled
 
@@ -70,55 +56,50 @@ def load_encoder(path: Path) -> Encoder:
     Args:
         path: checkpoint.pt, or the run folder that holds it.
     Raises:
-        MissingStageError: there is no checkpoint. DataError: it is damaged or of another format.
+        MissingStageError: there is no checkpoint. DataError: it is damaged, of another format, or its weights are not finite.
     """
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = checkpoint_path(path)
     values = read_checkpoint(path)
     try:
-        config = config_from_dict(values["config"], where=str(path))
+        mining = MiningConfig(**values["config"]["mining"])
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away; the caller's generator must not move
-            branch = Branch(config.model)
-        branch.load_state_dict({key.removeprefix("online."): value for key, value in values["model"].items() if key.startswith("online.")})
-    except (ConfigError, RuntimeError) as error:
-        raise DataError(
-            f"{path}: does not fit this version of orl-fast ({error}); train again, or use the version {values['versions']}"
-        ) from error
-    return Encoder(branch, config=config)
+            network = Network.from_description(values["encoder"])
+        network.load_state_dict(_entries(values["model"], values["encoder"]["prefix"]))
+    except (ConfigError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        version = values["versions"]
+        raise DataError(f"{path}: does not fit this version of orl-fast ({error}); train again, or use the version {version}") from error
+    if not is_finite(network.state_dict()):
+        raise DataError(f"{path}: holds weights that are not finite; use an earlier checkpoint, for example {path.parent}/epoch-*.pt")
+    return Encoder(network, mining=mining)
 
 
 def random_encoder(config: Config) -> Encoder:
     """The untrained encoder that a run with this configuration starts from: the baseline of every evaluation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return Encoder(Branch(config.model), config=config)
+        network = Network(config.model.backbone, (config.model.projector_hidden, config.model.projector_out))
+    return Encoder(network, mining=config.mining)
 
 
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """The contents of a checkpoint (see the module), its checksums verified.
-
-    Raises:
-        MissingStageError: there is no such file. DataError: it is damaged, no checkpoint, or of another format.
-    """
-    if not path.is_file():
-        raise MissingStageError(f"{path}: there is no checkpoint; run orl-fast train first, or name one with --checkpoint")
-    remedy = "use another checkpoint, or remove it and train again"
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself does not compare checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise DataError(f"{path}: damaged ({damaged} fails its checksum); {remedy}")
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0]}); {remedy}") from error
-    if not isinstance(values, dict) or not values.keys() >= _KEYS:
-        raise DataError(f"{path}: not a checkpoint of orl-fast; {remedy}")
-    if values["format"] != CHECKPOINT_FORMAT:
-        raise DataError(f"{path}: checkpoint format {values['format']}, this version reads {CHECKPOINT_FORMAT}; {remedy}")
-    return values
+def is_finite(state: Mapping[str, Any]) -> bool:
+    """Whether every floating-point tensor of a (nested) state_dict is finite; one wait for the device."""
+    tensors = [value for value in _leaves(state) if isinstance(value, Tensor) and value.is_floating_point() and value.numel()]
+    return not tensors or bool(torch.stack([torch.isfinite(value).all() for value in tensors]).all())
 
 
-def _digest_weights(branch: nn.Module) -> str:
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [leaf for entry in value.values() for leaf in _leaves(entry)]
+    return [leaf for entry in value for leaf in _leaves(entry)] if isinstance(value, list | tuple) else [value]
+
+
+def _entries(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Names the parameters and buffers of a module."""
     weights = hashlib.sha256()
-    for name, value in branch.state_dict().items():
+    for name, value in module.state_dict().items():
         weights.update(name.encode() + value.cpu().numpy().tobytes())
     return weights.hexdigest()[:16]

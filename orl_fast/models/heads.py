@@ -1,20 +1,34 @@
-"""Projector and predictor of BYOL: two-layer perceptrons with batch norm between, none at the end."""
+"""Projectors and predictors: perceptrons with batch norm between their layers."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
 from orl_fast.models.backbone import init_kaiming
 
 
-def projector(num_features: int, *, hidden: int, out: int) -> nn.Sequential:
-    """[B, num_features] pooled features → [B, out] (ORL, appendix A): Linear → BN → ReLU → Linear without bias."""
-    head = nn.Sequential(nn.Linear(num_features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out, bias=False))
-    init_kaiming(head)
-    return head
+class Mlp(nn.Sequential):
+    """[B, widths[0]] → [B, widths[-1]]: Linear → BN → ReLU → … → Linear (BYOL's and ORL's heads: three widths; ORL, appendix A).
 
+    Attributes:
+        settings: the arguments that build it again.
+    """
 
-def predictor(dim: int, *, hidden: int) -> nn.Sequential:
-    """[B, dim] projections of the online branch → [B, dim]: built like the projector."""
-    return projector(dim, hidden=hidden, out=dim)
+    def __init__(self, widths: Sequence[int], *, last_bias: bool = False, last_norm: bool = False) -> None:
+        """Args: last_bias, last_norm: whether the last layer has a bias, and a batch norm after it."""
+        layers: list[nn.Module] = []
+        for i, (width, following) in enumerate(pairwise(widths)):
+            last = i == len(widths) - 2
+            layers.append(nn.Linear(width, following, bias=last_bias or not last))
+            if not last or last_norm:
+                layers.append(nn.BatchNorm1d(following))
+            if not last:
+                layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+        self.settings: dict[str, Any] = {"widths": list(widths), "last_bias": last_bias, "last_norm": last_norm}
+        init_kaiming(self)
 
 
 def pool(features: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Training: the loop, its step, schedules, checkpoints, ranks."""
+"""Training: the loop, its step, schedules, checkpoints."""
 
-from orl_fast.train.distributed import Ranks, process_group
+from orl_fast.distributed import Ranks, process_group
 from orl_fast.train.loop import Outcome, train
 
 __all__ = ["Outcome", "Ranks", "process_group", "train"]

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orl_fast.console import MetricsFile
+from orl_fast.distributed import Ranks, mean_over_ranks
 from orl_fast.errors import DataError
 from orl_fast.files import atomic_file
-from orl_fast.train.distributed import Ranks, mean_over_ranks
 
 
 class Meter:
@@ -64,7 +63,7 @@ class Meter:
 
 
 class WaitClock:
-    """How long the device had nothing to do for want of a batch.
+    """Time the device was idle waiting for data.
 
     The CPU waits while the loader is asked. A GPU works on while the host asks: its wait is the gap in its own stream between the end of
     one batch's work and the arrival of the next, taken between two events that are read at log steps.
@@ -106,7 +105,7 @@ def _timed_event() -> torch.cuda.Event:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard events in a run folder, going on after `step`: what a killed run logged beyond it is dropped."""
+    """metrics.jsonl and TensorBoard events in a run folder, from `step` on: records of a killed run beyond it are dropped."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -116,12 +115,12 @@ class MetricsLog:
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
             with atomic_file(path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
-        self._file = MetricsFile(path)
+        self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One record with its "step"."""
-        self._file.write(dict(record))
+        self._file.write(json.dumps(dict(record)) + "\n")
         for name, value in record.items():
             if name not in ("step", "time"):
                 self._board.add_scalar(name, value, record["step"])  # type: ignore[no-untyped-call]

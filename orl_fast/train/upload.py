@@ -5,44 +5,47 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from orl_fast.train.metrics import WaitClock
-from orl_fast.views.loader import Views
+from orl_fast.views.batch import Batch
 
 
-def on_device(batches: Iterable[Views], device: torch.device, *, clock: WaitClock) -> Iterator[Views]:
+def on_device(batches: Iterable[Batch], device: torch.device, *, clock: WaitClock) -> Iterator[Batch]:
     """Yield batches whose tensors are, or will be before the current stream needs them, on the device.
 
     While a GPU works on one batch the host has already asked for the next, and a stream of its own copies it: pinned memory, uint8.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     iterator = iter(batches)
+    in_use: tuple[Batch, torch.cuda.Event] | None = None
     while True:
         start_s = time.perf_counter()
-        views = next(iterator, None)
+        batch = next(iterator, None)
         clock.host_waited(time.perf_counter() - start_s)
-        if views is None:
+        if batch is None:
             return
         if stream is not None:
-            views = _uploaded(views, device, stream)
+            batch = _uploaded(batch, device, stream)
             clock.arrived()
-        yield views
+        yield batch
         clock.computed()
+        if stream is not None:
+            # The GPU renderer's views are DALI's memory, which torch's allocator does not know: they are held until their work is done.
+            if in_use is not None:
+                in_use[1].synchronize()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+            in_use = batch, done
 
 
-def _uploaded(views: Views, device: torch.device, stream: torch.cuda.Stream) -> Views:
+def _uploaded(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> Batch:
     current = torch.cuda.current_stream(device)
-
-    def move(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-        if pair is None or pair[0].device == device:
-            return pair
-        with torch.cuda.stream(stream):
-            first, second = ((view if view.is_pinned() else view.pin_memory()).to(device, non_blocking=True) for view in pair)
-        for moved in (first, second):
-            moved.record_stream(current)  # its memory is used by the computation, beyond the upload's stream
-        return first, second
-
-    moved = replace(views, image=move(views.image), intra=move(views.intra), inter=move(views.inter))
+    views = {}
+    for name, view in batch.views.items():
+        if view.device != device:
+            with torch.cuda.stream(stream):
+                view = (view if view.is_pinned() else view.pin_memory()).to(device, non_blocking=True)
+            view.record_stream(current)  # its memory is used by the computation, beyond the upload's stream
+        views[name] = view
     current.wait_stream(stream)
-    return moved
+    return replace(batch, views=views)

@@ -1,6 +1,10 @@
-"""Views: drawn on the host as plans, rendered by interchangeable renderers, delivered by a loader."""
+"""Views: asked for as specs, drawn on the host as plans, rendered by interchangeable renderers, delivered by a loader."""
 
-from orl_fast.views.loader import ViewLoader, Views
-from orl_fast.views.plan import ViewPlan, draw_byol, draw_orl
+from orl_fast.views.batch import Batch
+from orl_fast.views.loader import ViewLoader
+from orl_fast.views.plan import ViewPlan
+from orl_fast.views.specs import Augmentation, JitteredRoi, OwnRoi, PairPartner, PairQuery, RandomCrop, ViewSpec
 
-__all__ = ["ViewLoader", "ViewPlan", "Views", "draw_byol", "draw_orl"]
+__all__ = [
+    "Augmentation", "Batch", "JitteredRoi", "OwnRoi", "PairPartner", "PairQuery", "RandomCrop", "ViewLoader", "ViewPlan", "ViewSpec",
+]  # fmt: skip

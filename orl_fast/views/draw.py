@@ -1,92 +1,109 @@
-"""What is drawn for a view: pure functions of (seed, epoch, image, stream); see `orl_fast.philox`.
+"""Draws the plan of a batch from the views that a method asks for."""
 
-Every draw has its own index within its stream, so nothing that is drawn depends on what else is drawn.
-"""
-
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numpy.typing import NDArray
 
-from orl_fast.config import ViewsConfig
-from orl_fast.philox import uniform
+from orl_fast.errors import MissingStageError
+from orl_fast.views import chance
+from orl_fast.views.batch import Rows
+from orl_fast.views.jitter import jitter_boxes
+from orl_fast.views.mined import Mined
+from orl_fast.views.patches import PATCH_SIDE_PX
+from orl_fast.views.plan import Crops, ViewPlan
+from orl_fast.views.specs import JitteredRoi, OwnRoi, PairQuery, RandomCrop, Source, ViewSpec
 
-# Streams: one per view, one per choice. They, and the order of the draws, are part of the results: changing one changes every view.
-STREAMS = {"image": (1, 2), "intra": (3, 4), "inter": (5, 6)}  # of (first view, second view)
-NEIGHBOR_STREAM, PAIR_STREAM, ROI_STREAM, ROI_JITTER_STREAM = 16, 17, 18, 19
-_CROP_TRIES = 10
-_LEFT, _TOP, _AUGMENTATIONS = 20, 21, slice(22, 35)  # indices within a view's stream; those before are the crop's tries
-
-
-def choices(seed: int, epoch: int, rows: NDArray[np.int64], stream: int, counts: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-    """[B]: one uniform choice among 0 … counts[b] - 1 per image."""
-    return np.asarray(_uniforms(seed, epoch, rows, np.full(len(rows), stream), 0, 1)[0] * counts, np.int64)
+_Regions = tuple[Rows, NDArray[Any]]  # where to read a view of each sample: source [B], box [B, 4]
 
 
-def augmentations(
-    seed: int, epoch: int, rows: NDArray[np.int64], streams: NDArray[np.int64], second: NDArray[np.int64], views: ViewsConfig
-) -> dict[str, NDArray[Any]]:
-    """Flips, color changes, blurs and so on of M views, drawn as torchvision draws them; names and shapes as in `Crops`.
+def draw_plan(
+    rows: Rows,
+    specs: Sequence[ViewSpec],
+    *,
+    seed: int,
+    epoch: int,
+    heights: NDArray[np.int32],
+    widths: NDArray[np.int32],
+    mined: Mined | None = None,
+) -> ViewPlan:
+    """Draw each view of each image (paper, section 3.3 and appendix A; see the sources in `orl_fast.views.specs`).
+
+    Leaving a view out changes no other.
 
     Args:
-        rows, streams: [M], the image and the stream of each.
-        second: [M], 0 for a first view, 1 for a second.
+        rows: [B] int64, the images.
+        heights, widths: [N] int32, pixels of all images.
+        mined: RoIs, pairs and patches, for views that are cut from RoIs.
+    Raises:
+        MissingStageError: such a view is asked for without them.
     """
-    draws = _uniforms(seed, epoch, rows, streams, _AUGMENTATIONS.start, _AUGMENTATIONS.stop)
-    flip, jitter, brightness, contrast, saturation, hue, *swaps, grayscale, blur, sigma, solarize = draws
-    jittered = jitter < views.jitter_prob
-    strengths = np.array([views.brightness, views.contrast, views.saturation])
-    factors = _between(np.stack([brightness, contrast, saturation], axis=1), np.maximum(0, 1 - strengths), 1 + strengths)
-    order, each = np.tile(np.arange(4, dtype=np.uint8), (len(rows), 1)), np.arange(len(rows))
-    for i, swap in zip((3, 2, 1), swaps, strict=True):  # Fisher and Yates
-        j = np.where(jittered, swap * (i + 1), i).astype(np.int64)
-        order[each, i], order[each, j] = order[each, j], order[each, i]
-    blurred = blur < np.array(views.blur_prob)[second]
-    return {
-        "flip": flip < views.flip_prob,
-        "order": order,
-        "factors": np.where(jittered[:, None], factors, 1).astype(np.float32),
-        "hue": np.where(jittered, _between(hue, -views.hue, views.hue), 0).astype(np.float32),
-        "grayscale": grayscale < views.grayscale_prob,
-        "blur_sigma": np.where(blurred, _between(sigma, *views.blur_sigma_px), 0).astype(np.float32),
-        "solarize": solarize < np.array(views.solarize_prob)[second],
-    }
+    choices = _Choices(rows=rows, seed=seed, epoch=epoch, heights=heights, widths=widths, mined=mined)
+    source, box = (np.concatenate(parts) for parts in zip(*(choices.regions(spec.source, spec.stream) for spec in specs), strict=True))
+    drawn = chance.augmentations(seed, epoch, rows, [spec.stream for spec in specs], [spec.augmentation for spec in specs])
+    crops = Crops(source=source, box=box.astype(np.float32), **drawn)
+    return ViewPlan(rows=rows, sizes_px={spec.name: spec.size_px for spec in specs}, crops=crops)
 
 
-def _between(draws: NDArray[np.float64], low: Any, high: Any) -> NDArray[np.float64]:
-    return np.asarray(low + draws * (high - low))
+@dataclass(kw_only=True)
+class _Choices:
+    """Where the views of a batch are cut from; they share the choices of an own RoI, a neighbor and a pair."""
 
+    rows: Rows
+    seed: int
+    epoch: int
+    heights: NDArray[np.int32]
+    widths: NDArray[np.int32]
+    mined: Mined | None
 
-@nb.njit(cache=True, nogil=True)
-def _uniforms(seed, epoch, rows, streams, start, stop):  # type: ignore[no-untyped-def]
-    """[stop - start, M]: the draws from index `start` on, for each row and its stream."""
-    out = np.empty((stop - start, len(rows)))
-    for m in range(len(rows)):
-        for index in range(start, stop):
-            out[index - start, m] = uniform(seed, epoch, rows[m], streams[m], index)
-    return out
+    def regions(self, source: Source, stream: int) -> _Regions:
+        rows = self.rows
+        if isinstance(source, RandomCrop):
+            sizes = self.heights[rows], self.widths[rows]
+            return rows, chance.random_resized_crops(self.seed, self.epoch, rows, stream, *sizes, source.area, source.aspect)
+        if self.mined is None:
+            raise MissingStageError(f"{type(source).__name__}: this view is cut from mined RoIs or pairs; run orl-fast mine first")
+        rois, pairs = self.mined.rois, self.mined.pairs
+        if isinstance(source, OwnRoi):
+            return rows, rois.boxes[self.own_roi]
+        if isinstance(source, JitteredRoi):
+            sizes_px = np.stack([self.heights[rows], self.widths[rows]], axis=1).astype(np.int64)
+            return rows, jitter_boxes(
+                rois.boxes[self.own_roi], sizes=sizes_px, seed=self.seed, epoch=self.epoch, images=rows, stream=chance.ROI_JITTER_STREAM,
+                jitter=source,
+            )  # fmt: skip
+        neighbor, pair = self.pair
+        if isinstance(source, PairQuery):
+            return rows, rois.boxes[rois.offsets[rows] + pairs.query_roi[pair]]
+        return self._partner(self.mined, neighbor, rois.offsets[neighbor] + pairs.partner_roi[pair])
 
+    @cached_property
+    def own_roi(self) -> Rows:
+        """[B] rows of rois.boxes."""
+        assert self.mined is not None
+        offsets = self.mined.rois.offsets
+        return offsets[self.rows] + self._choice(chance.ROI_STREAM, offsets[self.rows + 1] - offsets[self.rows])
 
-@nb.njit(cache=True, nogil=True)
-def random_resized_crops(seed, epoch, rows, stream, heights, widths, area, aspect):  # type: ignore[no-untyped-def]
-    """[B, 4] float32 boxes as torchvision's RandomResizedCrop draws them: ten tries, log-uniform aspect, else the central crop."""
-    log_low, log_high = np.log(aspect[0]), np.log(aspect[1])
-    boxes = np.empty((len(rows), 4), np.float32)
-    for b in range(len(rows)):
-        row, height, width = rows[b], int(heights[b]), int(widths[b])
-        for attempt in range(_CROP_TRIES):
-            u, v = uniform(seed, epoch, row, stream, 2 * attempt), uniform(seed, epoch, row, stream, 2 * attempt + 1)
-            target = height * width * (area[0] + u * (area[1] - area[0]))
-            ratio = np.exp(log_low + v * (log_high - log_low))
-            w, h = int(np.rint(np.sqrt(target * ratio))), int(np.rint(np.sqrt(target / ratio)))
-            if 0 < w <= width and 0 < h <= height:
-                left = int(uniform(seed, epoch, row, stream, _LEFT) * (width - w + 1))
-                top = int(uniform(seed, epoch, row, stream, _TOP) * (height - h + 1))
-                break
-        else:
-            w = min(width, int(np.rint(height * aspect[1])))
-            h = min(height, int(np.rint(width / aspect[0])))
-            left, top = (width - w) // 2, (height - h) // 2
-        boxes[b, 0], boxes[b, 1], boxes[b, 2], boxes[b, 3] = left, top, left + w, top + h
-    return boxes
+    @cached_property
+    def pair(self) -> tuple[Rows, Rows]:
+        """[B] the neighbor's row, [B] the pair's."""
+        assert self.mined is not None
+        pairs = self.mined.pairs
+        k = self._choice(chance.NEIGHBOR_STREAM, np.full(len(self.rows), pairs.neighbors.shape[1]))
+        return pairs.neighbors[self.rows, k], pairs.first[self.rows, k] + self._choice(chance.PAIR_STREAM, pairs.count[self.rows, k])
+
+    def _choice(self, stream: int, counts: NDArray[np.integer[Any]]) -> Rows:
+        return chance.choices(self.seed, self.epoch, self.rows, stream, counts)
+
+    def _partner(self, mined: Mined, neighbor: Rows, roi_row: Rows) -> _Regions:
+        """In the neighbor, or in a stored patch."""
+        box, patch_rows = mined.rois.boxes[roi_row], mined.patch_rows
+        if not len(patch_rows):
+            return neighbor, box
+        patch = np.minimum(np.searchsorted(patch_rows, roi_row), len(patch_rows) - 1)
+        stored = patch_rows[patch] == roi_row
+        whole = [0, 0, PATCH_SIDE_PX, PATCH_SIDE_PX]
+        return np.where(stored, len(self.heights) + patch, neighbor), np.where(stored[:, None], whole, box)

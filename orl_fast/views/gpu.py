@@ -2,9 +2,9 @@
 
 Same graph, other device: "gpu" decodes with the hardware decoder and gives CUDA tensors without a copy; "dali-cpu" runs, and is tested,
 anywhere. Departures from the plan, bounded by tests against the reference: brightness and saturation that follow each other act as one
-matrix, without clipping in between; the hue turns after the other three whatever the drawn order; where the resize filter reaches over a
-crop's edge it repeats the edge. Otherwise each operation is the reference's within rounding. The hue is the true HSV turn: DALI's own `hsv`
-turns in YIQ, 5 levels off on average.
+matrix, without clipping in between; the hue is rotated after the other three whatever the drawn order; where the resize filter reaches over
+a crop's edge it repeats the edge. Otherwise each operation is the reference's within rounding. The hue is rotated in HSV as PIL does it:
+DALI's own `hsv` rotates in YIQ, 5 levels off on average.
 """
 
 import threading
@@ -17,13 +17,17 @@ from numpy.typing import NDArray
 from nvidia import dali
 from nvidia.dali import fn, math
 
-from orl_fast.views.cpu import Decoder
-from orl_fast.views.plan import Crops, Rows, ViewPlan
-from orl_fast.views.renderer import ImageSource, Rendered, usable_samples
+from orl_fast.console import log
+from orl_fast.views.batch import Batch, Rows
+from orl_fast.views.cpu import CpuRenderer
+from orl_fast.views.decode import Decoder
+from orl_fast.views.plan import Crops, ViewPlan
+from orl_fast.views.rendering import ImageSource, usable_samples
 
 types: Any = dali.types
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
+_MAX_FAILURES = 2  # batches in a row; more are not the images' fault
 _MOST = np.iinfo(np.int32).max  # trimmed to the image
 # What the graph takes for each view of a sample, and of how many axes.
 _NUM_AXES = {
@@ -32,42 +36,61 @@ _NUM_AXES = {
 
 
 class DaliRenderer:
-    """Renders plans in one DALI graph (see `orl_fast.views.renderer.Renderer`). An image that two samples read is decoded twice."""
+    """Renders plans in one DALI graph (see `orl_fast.views.rendering.Renderer`). An image that two samples read is decoded twice."""
 
     def __init__(self, source: ImageSource, *, num_threads: int, device: torch.device | None = None, hw_decoder_load: float = 0.65) -> None:
         """Args: device: a CUDA device; None: the CPU. hw_decoder_load: share of JPEGs for the hardware decoder."""
         self._source, self._num_threads, self._load = source, num_threads, hw_decoder_load
         self._device_id = (device.index or 0) if device is not None else None
         self._lock = threading.Lock()
+        self.num_on_cpu = self._num_failures = 0  # batches rendered on the CPU in all; of these the last ones in a row
         self._shape: tuple[Any, ...] = ()
         self._pipeline: Any = None
 
-    def render(self, plan: ViewPlan) -> Rendered:
-        nothing = np.empty(0, np.int64)
+    def render(self, plan: ViewPlan) -> Batch:
         with self._lock:
             try:
-                return Rendered(batches=self._run(plan), rows=plan.rows, bad_rows=nothing, bad_sources=nothing)
-            except RuntimeError:
-                self._pipeline = None  # a bad image leaves it unusable
-                bad = self._bad_sources(plan)
-                if not len(bad):
-                    raise
-                kept = usable_samples(plan, bad)
-                m = np.tile(kept, len(plan.slots))
-                crops = Crops(**{name: values[m] for name, values in vars(plan.crops).items()})
-                part = replace(plan, rows=plan.rows[kept], crops=crops)
-                return Rendered(batches=self._run(part), rows=part.rows, bad_rows=plan.rows[~kept], bad_sources=bad)
+                batch = self._run(plan)
+            except RuntimeError as error:
+                batch = self._recovered(plan, error)
+            else:
+                self._num_failures = 0
+            return batch
 
     def close(self) -> None:
         with self._lock:
             self._pipeline = None
 
-    def _run(self, plan: ViewPlan) -> tuple[torch.Tensor, ...]:
-        num, crops = len(plan.rows), plan.crops
-        sizes = tuple(slot.size_px for slot in plan.slots)
+    def _recovered(self, plan: ViewPlan, error: RuntimeError) -> Batch:
+        """Without the samples of damaged images; on the CPU where it is the GPU's decoder alone that refuses one.
+
+        Raises:
+            RuntimeError: the graph itself fails, batch after batch.
+        """
+        self._pipeline = None  # a bad image leaves it unusable
+        bad = self._bad_sources(plan)
+        kept = usable_samples(plan, bad)
+        part = plan.of_samples(kept)
+        if len(bad):
+            try:
+                return replace(self._run(part), bad_rows=plan.rows[~kept], bad_sources=bad)
+            except RuntimeError as second:
+                self._pipeline, error = None, second
+        self._num_failures += 1
+        if self._num_failures > _MAX_FAILURES:
+            raise error
+        self.num_on_cpu += 1
+        reason = str(error).split("\n")[0]
+        log.warning("a batch that the DALI graph refuses (%s) is rendered on the CPU, %d so far", reason, self.num_on_cpu)
+        with CpuRenderer(self._source, num_threads=self._num_threads) as renderer:
+            return replace(renderer.render(part), bad_rows=plan.rows[~kept], bad_sources=bad)
+
+    def _run(self, plan: ViewPlan) -> Batch:
+        num, crops, sizes, nothing = len(plan.rows), plan.crops, tuple(plan.sizes_px.values()), np.empty(0, np.int64)
         if num == 0:
-            return tuple(torch.empty(0, 3, size, size, dtype=torch.uint8) for size in sizes)
-        # Slots that read the same images share one decoder.
+            views = {name: torch.empty(0, 3, size, size, dtype=torch.uint8) for name, size in plan.sizes_px.items()}
+            return Batch(views=views, rows=plan.rows, bad_rows=nothing, bad_sources=nothing)
+        # Views that read the same images share one decoder.
         sources = crops.source.reshape(len(sizes), num)
         readers = [next(u for u in range(v + 1) if np.array_equal(sources[u], sources[v])) for v in range(len(sizes))]
         shape = (tuple(readers), sizes, plan.beyond_box)
@@ -78,21 +101,22 @@ class DaliRenderer:
                 batch_size=num, num_threads=self._num_threads, device_id=self._device_id, prefetch_queue_depth=1,
             )  # fmt: skip
         for reader in set(readers):
-            self._pipeline.feed_input(f"data{reader}", [self._source.view(int(source)) for source in sources[reader]])
+            self._pipeline.feed_input(f"data{reader}", self._source.views(sources[reader]))
         for v in range(len(sizes)):
             for name, values in _parameters(crops, slice(v * num, (v + 1) * num)).items():
                 self._pipeline.feed_input(f"{name}{v}", values)
-        return tuple(torch.utils.dlpack.from_dlpack(batch.as_tensor()).permute(0, 3, 1, 2) for batch in self._pipeline.run())
+        outputs = (torch.utils.dlpack.from_dlpack(batch.as_tensor()).permute(0, 3, 1, 2) for batch in self._pipeline.run())
+        return Batch(views=dict(zip(plan.sizes_px, outputs, strict=True)), rows=plan.rows, bad_rows=nothing, bad_sources=nothing)
 
     def _bad_sources(self, plan: ViewPlan) -> Rows:
         sources = np.unique(plan.crops.source)
         whole = np.full((len(sources), 4), [0, 0, _MOST, _MOST])
-        images = Decoder(self._num_threads).decode([self._source.view(int(source)) for source in sources], whole)
+        images = Decoder(self._num_threads).decode(self._source.views(sources), whole)
         return sources[[image is None for image in images]]
 
 
 def _parameters(crops: Crops, part: slice) -> dict[str, NDArray[Any]]:
-    """What the graph takes for one slot, one entry per sample; names as in `_NUM_AXES`."""
+    """What the graph takes for one view, one entry per sample; names as in `_NUM_AXES`."""
     box, factors, sigma = crops.box[part], crops.factors[part], crops.blur_sigma[part]
     place = np.argsort(crops.order[part], axis=1)[..., None, None]  # [B, 4, 1, 1]: when each operation comes
     identity, gray = np.eye(3, dtype=np.float32), np.tile(_LUMA, (3, 1))
@@ -144,14 +168,14 @@ def _view(image: Any, v: int, size: int, beyond_box: bool, places: Any) -> Any:
     mean = math.floor(fn.reductions.mean(fn.coord_transform(x, M=_LUMA.tolist()), axes=(0, 1)) + 0.5)
     x = fn.cast(math.clamp(x * p["contrast"] + mean * (1 - p["contrast"]) - 0.49, 0.0, 255.0), dtype=types.UINT8)
     x = fn.coord_transform(x, M=p["after"], T=-0.49, dtype=types.UINT8)
-    x = _turn_hue(x, p["hue"], places)
+    x = _rotate_hue(x, p["hue"], places)
     x = fn.coord_transform(x, M=p["gray"], dtype=types.UINT8)
     x = fn.gaussian_blur(x, sigma=p["sigma"], window_size=p["window"], dtype=types.UINT8)
     return fn.cast(math.abs((x >= 128) * p["solarize"] * 255.0 - x), dtype=types.UINT8)
 
 
-def _turn_hue(x: Any, shift: Any, places: Any) -> Any:
-    """Turn the hue by shift / 255 as PIL's 8-bit HSV does, without a branch (see `kernels._shift_hue`)."""
+def _rotate_hue(x: Any, shift: Any, places: Any) -> Any:
+    """Rotate the hue by shift / 255 as PIL's 8-bit HSV does, without a branch (see `kernels._shift_hue`)."""
     r, g, b = (fn.cast(x[:, :, c : c + 1], dtype=types.FLOAT) for c in range(3))
     value, low = math.max(r, math.max(g, b)), math.min(r, math.min(g, b))
     span = value - low
@@ -161,8 +185,8 @@ def _turn_hue(x: Any, shift: Any, places: Any) -> Any:
     is_blue = (r != value) & (g != value)
     hue = is_red * (g - b) * inverse + is_green * (1 / 3 + (b - r) * inverse) + is_blue * (2 / 3 + (r - g) * inverse)
     byte = math.floor((hue + (hue < 0.0)) * 255.0) + shift
-    turned = (byte - 256.0 * math.floor(byte * (1 / 256))) * (6 / 255)
-    k = turned + places
+    rotated = (byte - 256.0 * math.floor(byte * (1 / 256))) * (6 / 255)
+    k = rotated + places
     k = k - 6.0 * (k >= 6.0)
     share = math.clamp(math.min(k, 4.0 - k), 0.0, 1.0)
     saturation = math.floor(span / math.max(value, 1.0) * 255.0) * (1 / 255)

@@ -1,6 +1,6 @@
 """Rendering kernels: from decoded pixels to finished views, one call for many crops, without the GIL.
 
-How one crop goes: two identical passes that blend rows, with a transposition after each, are an antialiased bilinear resize; both blend
+One crop: two identical passes that blend rows, with a transposition after each, are an antialiased bilinear resize; both blend
 contiguous bytes in 16-bit lanes, which is what makes them fast. Colors then change plane by plane in bytes, with PIL's own rounding.
 Loops index slices, not `a[offset + i]`: only so do they vectorize.
 """
@@ -41,8 +41,8 @@ def render_crops(  # type: ignore[no-untyped-def]
         regions: [U, 4] int64 xyxy, the part of its image that each decoded image holds.
         places: [M] int64 into the two.
         boxes … solarized: as in `Crops`.
-        sizes: [V] int64, side of each slot's views.
-        out: flat uint8; slot by slot [B, S, S, 3].
+        sizes: [V] int64, side of each view.
+        out: flat uint8; view by view [B, S, S, 3].
     """
     start = 0
     for v in range(len(sizes)):
@@ -116,7 +116,7 @@ def _blend_rows(source, stride, offset, first, count, weights, total, row):  # t
     if count == 1:
         _copy(source[first * stride + offset : first * stride + offset + n], row)
         return
-    # Four rows at a time; what is missing to four is read from the last row with weight 0. The last four go to `row` without a detour.
+    # Four rows at a time; missing rows are read from the last one with weight 0. The last four are written to `row` directly.
     last = (first + count - 1) * stride + offset
     for k in range(0, count, 4):
         at = (first + k) * stride + offset
@@ -180,10 +180,10 @@ def _resize(pixels, height, width, x1, y1, x2, y2, beyond_box, size, flip):  # t
     narrow = np.empty((rounded, n), np.uint8)  # right height, source width
     for y in range(size):
         _blend_rows(pixels, width * 3, left * 3, first_y[y], count_y[y], weights_y[y], total, narrow[y])
-    turned = np.empty((n, rounded), np.uint8)  # row 3 * x + channel: a column of that channel
-    _transpose(narrow, turned)
+    transposed = np.empty((n, rounded), np.uint8)  # row 3 * x + channel: a column of that channel
+    _transpose(narrow, transposed)
     columns = np.empty((rounded, 3 * rounded), np.uint8)  # row x: three columns of the view
-    flat = turned.reshape(-1)
+    flat = transposed.reshape(-1)
     for x in range(size):
         row = columns[size - 1 - x if flip else x]
         _blend_rows(flat, 3 * rounded, 0, first_x[x] - left, count_x[x], weights_x[x], total, row)
@@ -239,7 +239,7 @@ def _sum(plane):  # type: ignore[no-untyped-def]
 
 @nb.njit(cache=True, nogil=True, inline="always")
 def _from_hue(hue, offset, value, saturation):  # type: ignore[no-untyped-def]
-    """One channel of an HSV color; hue in sixths of a turn, 0 to 6."""
+    """One channel of an HSV color; hue in sixths of a circle, 0 to 6."""
     k = hue + offset
     k = k - (np.float32(6) if k >= np.float32(6) else np.float32(0))
     share = min(max(min(k, np.float32(4) - k), np.float32(0)), np.float32(1))
@@ -248,7 +248,7 @@ def _from_hue(hue, offset, value, saturation):  # type: ignore[no-untyped-def]
 
 @nb.njit(cache=True, nogil=True, error_model="numpy", fastmath=_FINITE)
 def _shift_hue(red, green, blue, shift):  # type: ignore[no-untyped-def]
-    """Turn the hue by shift / 255 by way of PIL's 8-bit HSV, without a branch."""
+    """Rotate the hue by shift / 255 as PIL's 8-bit HSV does, without a branch."""
     one, zero = np.float32(1), np.float32(0)
     for i in range(len(red)):
         r, g, b = np.float32(red[i]), np.float32(green[i]), np.float32(blue[i])
@@ -260,10 +260,10 @@ def _shift_hue(red, green, blue, shift):  # type: ignore[no-untyped-def]
         hue = from_red if r == value else (from_green if g == value else np.float32(2 / 3) + (r - g) * inverse)
         hue = hue + (one if hue < zero else zero)
         byte = (np.int32(hue * np.float32(255)) + np.int32(shift)) & np.int32(255)
-        turned = np.float32(byte) * np.float32(6 / 255)
-        red[i] = _from_hue(turned, np.float32(5), value, saturation)
-        green[i] = _from_hue(turned, np.float32(3), value, saturation)
-        blue[i] = _from_hue(turned, np.float32(1), value, saturation)
+        rotated = np.float32(byte) * np.float32(6 / 255)
+        red[i] = _from_hue(rotated, np.float32(5), value, saturation)
+        green[i] = _from_hue(rotated, np.float32(3), value, saturation)
+        blue[i] = _from_hue(rotated, np.float32(1), value, saturation)
 
 
 @nb.njit(cache=True, nogil=True)

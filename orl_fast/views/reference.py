@@ -11,32 +11,33 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms import functional as tv  # type: ignore[import-untyped]
 
+from orl_fast.views.batch import Batch
 from orl_fast.views.plan import Crops, ViewPlan
-from orl_fast.views.renderer import ImageSource, Rendered, without_bad
+from orl_fast.views.rendering import ImageSource, without_bad
 
 _ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 _UNCHANGED = (1, 1, 1, 0)
 
 
 class ReferenceRenderer:
-    """Slow and plain (see `orl_fast.views.renderer.Renderer`)."""
+    """Slow and plain (see `orl_fast.views.rendering.Renderer`)."""
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
 
-    def render(self, plan: ViewPlan) -> Rendered:
+    def render(self, plan: ViewPlan) -> Batch:
         images: dict[int, Image.Image] = {}
         sources = np.unique(plan.crops.source)
-        for source in sources.tolist():
+        for source, data in zip(sources.tolist(), self._source.views(sources), strict=True):
             with contextlib.suppress(OSError, SyntaxError, ValueError):  # what PIL raises for damaged files
-                images[source] = decode(self._source.view(source))
+                images[source] = decode(data)
         pixels = []
-        for v, slot in enumerate(plan.slots):
-            batch = np.zeros((len(plan.rows), slot.size_px, slot.size_px, 3), np.uint8)
+        for v, size_px in enumerate(plan.sizes_px.values()):
+            batch = np.zeros((len(plan.rows), size_px, size_px, 3), np.uint8)
             for b in range(len(plan.rows)):
                 m = v * len(plan.rows) + b
                 if image := images.get(int(plan.crops.source[m])):
-                    batch[b] = np.asarray(render_crop(image, plan.crops, m, size_px=slot.size_px, beyond_box=plan.beyond_box))
+                    batch[b] = np.asarray(render_crop(image, plan.crops, m, size_px=size_px, beyond_box=plan.beyond_box))
             pixels.append(torch.from_numpy(batch))
         return without_bad(plan, pixels, sources[[source not in images for source in sources.tolist()]])
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from orl_fast.errors import ConfigError
 from orl_fast.philox import philox4x32
 
-_STREAM = 0  # see orl_fast.views.draw for the others
+_STREAM = 0  # see orl_fast.views.chance for the others
 _ROUNDS = 8
 
 
@@ -21,7 +21,7 @@ class Sampler:
     and accumulation share it: micro-batch m of rank r takes the (m * world_size + r)-th part.
 
     Raises:
-        ConfigError: there are fewer images than a global batch holds, and drop_last.
+        ConfigError: there are fewer images than a global batch holds.
     """
 
     num_images: int
@@ -29,16 +29,28 @@ class Sampler:
     world_size: int = 1
     accumulate: int = 1
     seed: int
-    drop_last: bool = True  # leave out an epoch's last, incomplete global batch; else it is kept and smaller
 
     def __post_init__(self) -> None:
         if min(self.num_images, self.micro_batch, self.world_size, self.accumulate) < 1:
             raise ConfigError(f"sampler: {self}; num_images, micro_batch, world_size and accumulate must be 1 or more")
-        if self.drop_last and self.num_images < self.global_batch:
+        if self.num_images < self.global_batch:
             raise ConfigError(
                 f"batch size {self.global_batch}: the data holds only {self.num_images} images, so an epoch would have no step; "
                 f"set train.batch_size to at most {self.num_images}"
             )
+
+    @classmethod
+    def sharing(cls, batch_size: int, *, num_images: int, world_size: int, accumulate: int, seed: int) -> "Sampler":
+        """The sampler of a global batch that ranks and micro-batches share evenly.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        micro_batch, rest = divmod(batch_size, world_size * accumulate)
+        if rest or not micro_batch:
+            how = f"{world_size} ranks × {accumulate} micro-batches"
+            raise ConfigError(f"train.batch_size = {batch_size}: not a multiple of {how}; use a multiple of {world_size * accumulate}")
+        return cls(num_images=num_images, micro_batch=micro_batch, world_size=world_size, accumulate=accumulate, seed=seed)
 
     @property
     def global_batch(self) -> int:
@@ -46,25 +58,25 @@ class Sampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.num_images // self.global_batch if self.drop_last else -(-self.num_images // self.global_batch)
+        """Whole global batches; what is left of an epoch is left out."""
+        return self.num_images // self.global_batch
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that a step belongs to."""
         return step // self.steps_per_epoch
 
     def rows(self, step: int, *, rank: int = 0, micro: int = 0) -> NDArray[np.int64]:
-        """[micro_batch] int64: the images of one micro-batch; fewer, or none, in an incomplete last batch."""
+        """[micro_batch] int64: the images of one micro-batch."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         start = step_in_epoch * self.global_batch + (micro * self.world_size + rank) * self.micro_batch
-        stop = max(start, min(start + self.micro_batch, self.num_images))
-        return _permuted(start, stop, self.num_images, self.seed, epoch)  # type: ignore[no-any-return]
+        return _permuted(start, start + self.micro_batch, self.num_images, self.seed, epoch)  # type: ignore[no-any-return]
 
 
 @nb.njit(cache=True, nogil=True)
 def _permuted(start, stop, num_images, seed, epoch):  # type: ignore[no-untyped-def]
     """Entries start … stop - 1 of a permutation of 0 … num_images - 1, without storing it.
 
-    A Feistel network permutes 0 … 4**bits - 1 >= num_images; what falls outside is sent through again until it falls inside.
+    A Feistel network permutes 0 … 4**bits - 1 >= num_images; values outside go through again (cycle walking).
     """
     bits = 1
     while 4**bits < num_images:

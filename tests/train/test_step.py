@@ -1,24 +1,28 @@
 """The step on synthetic views: it learns, and it does what its options say."""
 
+from typing import Any
+
 import pytest
 import torch
-from synthetic_views import part_of, small_config, synthetic_views
 
 from orl_fast.config import Config
-from orl_fast.train.distributed import Ranks
+from orl_fast.distributed import Ranks
+from orl_fast.errors import ConfigError, DataError
+from orl_fast.methods import BYOL, METHODS
 from orl_fast.train.metrics import Meter
 from orl_fast.train.step import TrainStep
+from tests.synthetic import part_of, small_config, synthetic_batch
 
 
 def _train(method: str, config: Config, *, num_steps: int, same_views: bool = False) -> tuple[TrainStep, list[float]]:
     ranks = Ranks()
     train_step, meter, losses = TrainStep(method, config, ranks=ranks), Meter(ranks), []
     train_step.connect()
+    accumulate, size = config.train.accumulate, config.train.batch_size // config.train.accumulate
     for step in range(num_steps):
-        views = synthetic_views(0 if same_views else step, config.train.batch_size)
-        size = train_step.micro_batch
-        batches = iter([part_of(views, micro * size, (micro + 1) * size) for micro in range(config.train.accumulate)])
-        train_step(batches, step=step, rate=0.05, momentum=0.99, meter=meter)
+        batch = synthetic_batch(method, config, config.train.batch_size, step=0 if same_views else step)
+        parts = iter([part_of(batch, micro * size, (micro + 1) * size) for micro in range(accumulate)])
+        train_step(parts, step=step, num_steps=num_steps, lr=0.05, meter=meter)
         losses.append(meter.read()["loss"])
     return train_step, losses
 
@@ -30,7 +34,7 @@ def test_the_loss_goes_down_on_the_same_views(method: str) -> None:
 
 
 def test_weight_decay_and_momentum_reach_every_parameter() -> None:
-    """Without a gradient, SGD with momentum and weight decay is p ← p - rate * v, v ← 0.9 v + 1e-4 p."""
+    """Without a gradient, SGD with momentum and weight decay is p ← p - lr * v, v ← 0.9 v + 1e-4 p."""
     config = small_config("batch_size=8")
     train_step = TrainStep("byol", config, ranks=Ranks())
     before = {name: value.detach().clone().double() for name, value in train_step.method.named_parameters()}
@@ -50,7 +54,7 @@ def test_weight_decay_and_momentum_reach_every_parameter() -> None:
 
 
 def test_the_target_follows_the_updated_online_network() -> None:
-    config = small_config("batch_size=8")
+    config = small_config("batch_size=8", "ema_momentum=0.99")
     start = TrainStep("byol", config, ranks=Ranks()).method.state_dict()
     train_step, _ = _train("byol", config, num_steps=1)
     after = train_step.method.state_dict()
@@ -65,8 +69,8 @@ def test_accumulated_gradients_are_those_of_the_mean_loss() -> None:
     single, double = small_config("batch_size=4"), small_config("batch_size=8", "accumulate=2")
     states = []
     for config in (single, double):
-        train_step, meter, views = TrainStep("byol", config, ranks=Ranks()), Meter(Ranks()), synthetic_views(0, 4)
-        train_step(iter([views] * config.train.accumulate), step=0, rate=0.1, momentum=0.5, meter=meter)
+        train_step, meter, batch = TrainStep("byol", config, ranks=Ranks()), Meter(Ranks()), synthetic_batch("byol", config, 4)
+        train_step(iter([batch] * config.train.accumulate), step=0, num_steps=2, lr=0.1, meter=meter)
         states.append(dict(train_step.method.named_parameters()))
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6)
@@ -85,3 +89,41 @@ def test_bfloat16_is_close_to_float32_and_keeps_float32_weights() -> None:
 def test_the_same_seed_and_steps_give_the_same_bits() -> None:
     states = [_train("orl", small_config("batch_size=8"), num_steps=3)[0].method.state_dict() for _ in range(2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_hooks_are_called_around_every_step_and_randomness_is_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Noting(BYOL):
+        def before_step(self, step: int, num_steps: int) -> None:
+            calls.append(("before", step, num_steps, torch.rand(()).item()))
+
+        def loss(self, views: Any) -> Any:
+            calls.append("loss")
+            return super().loss(views)
+
+        def after_step(self, step: int, num_steps: int) -> dict[str, float]:
+            assert all(parameter.grad is None for parameter in self.parameters())
+            calls.append(("after", step, num_steps))
+            return {"temperature": 0.5 * step}
+
+    monkeypatch.setitem(METHODS, "noting", Noting)
+    config = small_config("batch_size=4", "accumulate=2")
+    train_step, meter = TrainStep("noting", config, ranks=Ranks()), Meter(Ranks())
+    batch = synthetic_batch("noting", config, 2)
+    logged = [train_step(iter([batch] * 2), step=step, num_steps=9, lr=0.1, meter=meter) for step in (3, 4, 3)]
+    assert logged == [{"lr": 0.1, "temperature": 0.5 * step} for step in (3, 4, 3)]
+    draws = [call[3] for call in calls if call[0] == "before"]
+    assert [call if call == "loss" else call[:3] for call in calls] == [
+        part for step in (3, 4, 3) for part in (("before", step, 9), "loss", "loss", ("after", step, 9))
+    ]
+    assert draws[0] == draws[2] != draws[1]
+
+
+def test_batches_that_batch_norm_cannot_take_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two images in each of 2 ranks × 3 micro-batches; use 12 or more"):
+        TrainStep("byol", small_config("batch_size=6", "accumulate=3"), ranks=Ranks(world_size=2))
+    config = small_config("batch_size=4")
+    batch = part_of(synthetic_batch("byol", config, 4), 0, 1)
+    with pytest.raises(DataError, match="step 7: 1 of 1 images could be decoded; run orl-fast verify"):
+        TrainStep("byol", config, ranks=Ranks())(iter([batch]), step=7, num_steps=9, lr=0.1, meter=Meter(Ranks()))

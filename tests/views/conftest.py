@@ -1,4 +1,4 @@
-"""A handful of real photographs as an image source, and tables as mining would make them."""
+"""A handful of photographs as an image source, tables as mining would make them, and plans of the methods' views."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +9,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from orl_fast.config import ViewsConfig
+from orl_fast.config import Config, ViewsConfig
+from orl_fast.methods import BYOL, ORL
 from orl_fast.tables import BoxTable, PairTable
+from orl_fast.views import ViewPlan, ViewSpec
+from orl_fast.views.batch import Rows
 from orl_fast.views.cpu import CpuRenderer
+from orl_fast.views.draw import draw_plan
+from orl_fast.views.mined import Mined
 
 NOTHING = {
     "image_size_px": 112, "flip_prob": 0.0, "jitter_prob": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0,
@@ -32,11 +37,31 @@ class Photos:
     heights: NDArray[np.int32]
     widths: NDArray[np.int32]
 
-    def view(self, i: int, /) -> NDArray[np.uint8]:
-        return self.data[i]
+    def views(self, rows: Rows, /) -> list[NDArray[np.uint8]]:
+        return [self.data[row] for row in rows]
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def __len__(self) -> int:
         return len(self.data)
+
+
+def specs_of(views: ViewsConfig, *names: str) -> tuple[ViewSpec, ...]:
+    """ORL's views of these names; without names all six."""
+    specs = {spec.name: spec for spec in ORL.views(Config(views=views))}
+    return tuple(specs[name] for name in names or specs)
+
+
+def byol_plan(rows: Rows, photos: Photos, views: ViewsConfig, *, seed: int = 0, epoch: int = 0) -> ViewPlan:
+    specs = BYOL.views(Config(views=views))
+    return draw_plan(rows, specs, seed=seed, epoch=epoch, heights=photos.heights, widths=photos.widths)
+
+
+def orl_plan(rows: Rows, photos: Photos, mined: Mined, views: ViewsConfig, *names: str, seed: int = 0, epoch: int = 0) -> ViewPlan:
+    """With the views of these names only, if any are given."""
+    sizes = {"heights": photos.heights, "widths": photos.widths}
+    return draw_plan(rows, specs_of(views, *names), seed=seed, epoch=epoch, mined=mined, **sizes)
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +73,8 @@ def photos(photo_paths: list[Path]) -> Photos:
             sizes[path], modes[path] = image.size, image.mode
     gray = [path for path in photo_paths if modes[path] == "L"][:2]
     upright = [path for path in photo_paths if sizes[path][1] > sizes[path][0] and path not in gray][:6]
+    assert gray
+    assert upright
     chosen = gray + upright + [path for path in photo_paths if path not in gray + upright]
     chosen = chosen[:24]
     heights, widths = (np.array([sizes[path][axis] for path in chosen], np.int32) for axis in (1, 0))
@@ -55,7 +82,7 @@ def photos(photo_paths: list[Path]) -> Photos:
 
 
 @pytest.fixture(scope="session")
-def mined(photos: Photos) -> tuple[BoxTable, PairTable]:
+def mined(photos: Photos) -> Mined:
     """RoIs and pairs at random: 1 to 6 RoIs, 3 neighbors, 1 to 3 pairs each."""
     rng, num = np.random.default_rng(7), len(photos)
     lists = []
@@ -78,7 +105,7 @@ def mined(photos: Photos) -> tuple[BoxTable, PairTable]:
         partner_roi=(rng.random(len(own)) * rois.counts[partner]).astype(np.int16),
         similarities=np.zeros(len(own), np.float32),
     )
-    return rois, pairs
+    return Mined(rois=rois, pairs=pairs)
 
 
 @pytest.fixture(scope="session")

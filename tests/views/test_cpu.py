@@ -8,17 +8,18 @@ import torch
 from PIL import Image
 
 from orl_fast.config import ViewsConfig
-from orl_fast.tables import BoxTable, PairTable
+from orl_fast.views import Batch, ViewPlan
 from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.plan import Crops, Slot, ViewPlan, center_crops, draw_byol, draw_orl, roi_crops
+from orl_fast.views.mined import Mined
+from orl_fast.views.plan import Crops, center_crops, roi_crops
 from orl_fast.views.reference import ReferenceRenderer
-from orl_fast.views.renderer import Rendered
-from tests.views.conftest import Photos, only
+from tests.views.conftest import Photos, byol_plan, only, orl_plan
 
 
-def assert_near(found: Rendered, expected: Rendered, *, mean: float, p999: float, most: int) -> None:
+def assert_near(found: Batch, expected: Batch, *, mean: float, p999: float, most: int) -> None:
     """Levels of 255: the mean absolute difference of each crop at most `mean`, of all the 99.9th percentile and the maximum."""
-    for a, b in zip(found.batches, expected.batches, strict=True):
+    assert list(found.views) == list(expected.views)
+    for a, b in zip(found.views.values(), expected.views.values(), strict=True):
         assert a.shape == b.shape
         assert a.dtype == torch.uint8
         assert a.is_contiguous(memory_format=torch.channels_last)
@@ -46,14 +47,12 @@ TOLERANCES = {
 @pytest.mark.parametrize("name", TOLERANCES)
 def test_each_operation_is_near_the_reference(name: str, photos: Photos, cpu: CpuRenderer) -> None:
     views, mean, p999, most = TOLERANCES[name]
-    plan = draw_byol(np.arange(len(photos)), seed=3, epoch=1, heights=photos.heights, widths=photos.widths, views=views)
+    plan = byol_plan(np.arange(len(photos)), photos, views, seed=3, epoch=1)
     assert_near(cpu.render(plan), ReferenceRenderer(photos).render(plan), mean=mean, p999=p999, most=most)
 
 
-def test_orl_views_are_near_the_reference(photos: Photos, mined: tuple[BoxTable, PairTable], cpu: CpuRenderer) -> None:
-    rois, pairs = mined
-    sizes = {"heights": photos.heights, "widths": photos.widths}
-    plan = draw_orl(np.arange(0, len(photos), 3), seed=4, epoch=2, views=ViewsConfig(), rois=rois, pairs=pairs, **sizes)
+def test_orl_views_are_near_the_reference(photos: Photos, mined: Mined, cpu: CpuRenderer) -> None:
+    plan = orl_plan(np.arange(0, len(photos), 3), photos, mined, ViewsConfig(), seed=4, epoch=2)
     assert_near(cpu.render(plan), ReferenceRenderer(photos).render(plan), mean=0.7, p999=4, most=255)
 
 
@@ -82,25 +81,24 @@ def test_a_plain_color_stays_itself_under_resize_and_blur() -> None:
         photo = Photos([np.frombuffer(encoded.getvalue(), np.uint8)], np.array([700], np.int32), np.array([1000], np.int32))
         crops = Crops.plain(np.zeros(6, np.int64), np.array([[0, 0, 1000, 700]] * 6, np.float32))
         crops.blur_sigma[:] = [0, 0.1, 0.5, 1.3, 2, 8]
-        plan = ViewPlan(rows=np.zeros(6, np.int64), slots=(Slot("image", 0, 40),), crops=crops)
+        plan = ViewPlan(rows=np.zeros(6, np.int64), sizes_px={"view": 40}, crops=crops)
         with CpuRenderer(photo, num_threads=1) as renderer:
-            assert (renderer.render(plan).batches[0] == level).all()
+            assert (renderer.render(plan).views["view"] == level).all()
 
 
-def test_threads_and_batches_do_not_change_a_byte(photos: Photos, mined: tuple[BoxTable, PairTable], cpu: CpuRenderer) -> None:
-    sizes = {"heights": photos.heights, "widths": photos.widths}
+def test_threads_and_batches_do_not_change_a_byte(photos: Photos, mined: Mined, cpu: CpuRenderer) -> None:
     rows = np.arange(len(photos))
-    whole = cpu.render(draw_orl(rows, seed=0, epoch=0, views=ViewsConfig(), rois=mined[0], pairs=mined[1], **sizes))
+    whole = cpu.render(orl_plan(rows, photos, mined, ViewsConfig()))
     with CpuRenderer(photos, num_threads=5) as other:
         for part in (rows[:1], rows[5:18]):
-            found = other.render(draw_orl(part, seed=0, epoch=0, views=ViewsConfig(), rois=mined[0], pairs=mined[1], **sizes))
-            assert all(torch.equal(a, b[part]) for a, b in zip(found.batches, whole.batches, strict=True))
+            found = other.render(orl_plan(part, photos, mined, ViewsConfig()))
+            assert all(torch.equal(found.views[name], view[part]) for name, view in whole.views.items())
 
 
-def test_bad_sources_are_dropped_from_all_slots_and_nothing_else_changes(photos: Photos, mined: tuple[BoxTable, PairTable]) -> None:
+def test_bad_sources_are_dropped_from_all_views_and_nothing_else_changes(photos: Photos, mined: Mined) -> None:
     rows = np.arange(len(photos))
     views = ViewsConfig(image_size_px=32, patch_size_px=24)
-    plan = draw_orl(rows, seed=1, epoch=0, heights=photos.heights, widths=photos.widths, views=views, rois=mined[0], pairs=mined[1])
+    plan = orl_plan(rows, photos, mined, views, seed=1)
     damaged = Photos(list(photos.data), photos.heights, photos.widths)
     damaged.data[3], damaged.data[11] = damaged.data[3][:300], np.zeros(500, np.uint8)
     needs_bad = np.isin(plan.crops.source, [3, 11]).reshape(6, -1).any(axis=0)
@@ -111,9 +109,9 @@ def test_bad_sources_are_dropped_from_all_slots_and_nothing_else_changes(photos:
         assert np.array_equal(found.rows, rows[~needs_bad])
         assert np.array_equal(found.bad_rows, rows[needs_bad])
         whole = type(renderer)(photos).render(plan)
-        for a, b in zip(found.batches, whole.batches, strict=True):
-            assert torch.equal(a, b[torch.from_numpy(~needs_bad)])
-            assert a.is_contiguous(memory_format=torch.channels_last)
+        for name, view in found.views.items():
+            assert torch.equal(view, whole.views[name][torch.from_numpy(~needs_bad)])
+            assert view.is_contiguous(memory_format=torch.channels_last)
         renderer.close()
 
 
@@ -121,5 +119,5 @@ def test_all_sources_bad_gives_empty_batches(photos: Photos) -> None:
     damaged = Photos([np.zeros(10, np.uint8)] * 3, photos.heights[:3], photos.widths[:3])
     with CpuRenderer(damaged, num_threads=1) as renderer:
         found = renderer.render(roi_crops(np.arange(3), np.array([[0, 0, 50, 50]] * 3, np.int16), size_px=32))
-    assert found.batches[0].shape == (0, 3, 32, 32)
+    assert found.views["view"].shape == (0, 3, 32, 32)
     assert np.array_equal(found.bad_rows, np.arange(3))

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from orl_fast.config import LoaderConfig, ViewsConfig
-from orl_fast.errors import ConfigError
-from orl_fast.tables import BoxTable, PairTable
+from orl_fast.config import ViewsConfig
+from orl_fast.views import Batch, ViewPlan
+from orl_fast.views.cpu import CpuRenderer
 from orl_fast.views.gpu import DaliRenderer
-from orl_fast.views.plan import ViewPlan, center_crops, draw_byol, draw_orl
+from orl_fast.views.mined import Mined
+from orl_fast.views.plan import center_crops
 from orl_fast.views.reference import ReferenceRenderer
-from orl_fast.views.renderer import choose_renderer
-from tests.views.conftest import Photos, only
+from tests.views.conftest import Photos, byol_plan, only, orl_plan
 
 DEVICES = [None, pytest.param("cuda", marks=pytest.mark.gpu)]
 # (views, mean difference of the worst crop, 99.9th percentile) in levels of 255. The percentile lies on the outermost pixels: where the
@@ -36,12 +36,14 @@ def differences(photos: Photos, plan: ViewPlan, device: str | None) -> torch.Ten
     found, expected = renderer.render(plan), ReferenceRenderer(photos).render(plan)
     renderer.close()
     assert np.array_equal(found.rows, plan.rows)
-    for a, b in zip(found.batches, expected.batches, strict=True):
+    assert list(found.views) == list(expected.views)
+    pairs = [(found.views[name], expected.views[name]) for name in plan.sizes_px]
+    for a, b in pairs:
         assert a.shape == b.shape
         assert a.dtype == torch.uint8
         assert a.device.type == (device or "cpu")
         assert a.is_contiguous(memory_format=torch.channels_last)
-    return torch.cat([(a.cpu().int() - b.int()).abs() for a, b in zip(found.batches, expected.batches, strict=True)]).float()
+    return torch.cat([(a.cpu().int() - b.int()).abs() for a, b in pairs]).float()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -49,19 +51,18 @@ def differences(photos: Photos, plan: ViewPlan, device: str | None) -> torch.Ten
 def test_each_operation_is_near_the_reference(name: str, device: str | None, photos: Photos) -> None:
     views, mean, p999 = TOLERANCES[name]
     rows = np.arange(0, len(photos), 2)
-    plan = draw_byol(rows, seed=3, epoch=1, heights=photos.heights, widths=photos.widths, views=views)
-    found = differences(photos, plan, device)
+    found = differences(photos, byol_plan(rows, photos, views, seed=3, epoch=1), device)
     assert found.mean((1, 2, 3)).max() <= mean
     assert found.mean() <= mean / 2
     assert np.percentile(found.numpy(), 99.9) <= p999
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_views_of_two_images_and_of_evaluation(device: str | None, photos: Photos, mined: tuple[BoxTable, PairTable]) -> None:
+def test_views_of_two_images_and_of_evaluation(device: str | None, photos: Photos, mined: Mined) -> None:
     rows = np.arange(0, len(photos), 4)
     sizes = {"heights": photos.heights, "widths": photos.widths}
     views = only(patch_size_px=48, blur_prob=(1.0, 0.0))
-    orl = draw_orl(rows, seed=4, epoch=2, views=views, rois=mined[0], pairs=mined[1], terms=("inter", "intra"), **sizes)
+    orl = orl_plan(rows, photos, mined, views, "query_roi", "partner_roi", "roi", "jittered_roi", seed=4, epoch=2)
     assert differences(photos, orl, device).mean((1, 2, 3)).max() <= 0.5
     assert differences(photos, center_crops(rows, resize_px=64, crop_px=56, **sizes), device).mean((1, 2, 3)).max() <= 0.4
 
@@ -71,31 +72,71 @@ def test_a_bad_image_is_dropped_and_the_next_batch_is_whole(device: str | None, 
     rows = np.arange(6)
     damaged = Photos(list(photos.data[:6]), photos.heights, photos.widths)
     damaged.data[2] = np.zeros(300, np.uint8)
-    plan = draw_byol(rows, seed=0, epoch=0, heights=photos.heights, widths=photos.widths, views=only(image_size_px=32))
+    plan = byol_plan(rows, photos, only(image_size_px=32))
     renderer = DaliRenderer(damaged, num_threads=2, device=torch.device(device) if device else None)
     whole = DaliRenderer(photos, num_threads=2, device=torch.device(device) if device else None).render(plan)
     found = renderer.render(plan)
     assert np.array_equal(found.bad_rows, [2])
     assert np.array_equal(found.rows, [0, 1, 3, 4, 5])
-    assert torch.equal(found.batches[1], whole.batches[1][found.rows])
+    assert torch.equal(found.views["view2"], whole.views["view2"][found.rows])
     damaged.data[2] = photos.data[2]
-    assert torch.equal(renderer.render(plan).batches[0], whole.batches[0])
+    assert torch.equal(renderer.render(plan).views["view1"], whole.views["view1"])
 
 
-def test_the_gpu_is_asked_for_only_where_there_is_one(photos: Photos) -> None:
-    trial = draw_byol(np.arange(2), seed=0, epoch=0, heights=photos.heights, widths=photos.widths, views=only(image_size_px=32))
-    with pytest.raises(ConfigError, match="no CUDA device"):
-        choose_renderer(photos, LoaderConfig(renderer="gpu"), trial=trial)
-    for kind in ("auto", "cpu", "reference", "dali-cpu"):
-        renderer = choose_renderer(photos, LoaderConfig(renderer=kind), trial=trial)  # type: ignore[arg-type]
-        assert renderer.render(trial).batches[0].shape == (2, 3, 32, 32)
-        renderer.close()
+class Refusing(DaliRenderer):
+    """Its graph refuses some sources, as a GPU's decoder refuses JPEGs that the CPU decodes."""
+
+    refused: frozenset[int] = frozenset()
+
+    def _run(self, plan: ViewPlan) -> Batch:
+        if self.refused & set(plan.crops.source.tolist()):
+            raise RuntimeError("nvJPEG: unsupported\nstack trace")
+        return super()._run(plan)
 
 
-@pytest.mark.gpu
-def test_the_faster_renderer_is_measured_and_told(photos: Photos, caplog: pytest.LogCaptureFixture) -> None:
-    rows = np.arange(len(photos))
-    trial = draw_byol(rows, seed=0, epoch=0, heights=photos.heights, widths=photos.widths, views=ViewsConfig())
-    with caplog.at_level("INFO", logger="orl_fast"):
-        choose_renderer(photos, LoaderConfig(), trial=trial, device=torch.device("cuda")).close()
-    assert "samples/s" in caplog.text
+def test_an_image_that_only_the_graph_refuses_is_rendered_on_the_cpu_and_counted(
+    photos: Photos, cpu: CpuRenderer, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = byol_plan(np.arange(6), photos, only(image_size_px=32))
+    renderer = Refusing(photos, num_threads=2)
+    renderer.refused = frozenset({4})
+    found, expected = renderer.render(plan), cpu.render(plan)
+    assert np.array_equal(found.rows, plan.rows)
+    assert len(found.bad_rows) == len(found.bad_sources) == 0
+    assert all(torch.equal(found.views[name], expected.views[name]) for name in plan.sizes_px)
+    assert renderer.num_on_cpu == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "nvJPEG: unsupported" in caplog.text
+    assert "1 so far" in caplog.text
+    assert "stack trace" not in caplog.text
+    renderer.close()
+
+
+def test_a_damaged_image_beside_a_refused_one_is_the_only_one_skipped(photos: Photos, cpu: CpuRenderer) -> None:
+    damaged = Photos(list(photos.data[:6]), photos.heights, photos.widths)
+    damaged.data[2] = np.zeros(300, np.uint8)
+    plan = byol_plan(np.arange(6), photos, only(image_size_px=32))
+    renderer = Refusing(damaged, num_threads=2)
+    renderer.refused = frozenset({4})
+    found, expected = renderer.render(plan), cpu.render(plan)
+    assert np.array_equal(found.rows, [0, 1, 3, 4, 5])
+    assert (found.bad_rows.tolist(), found.bad_sources.tolist()) == ([2], [2])
+    assert torch.equal(found.views["view2"], expected.views["view2"][found.rows])
+    assert renderer.num_on_cpu == 1
+    renderer.close()
+
+
+def test_a_graph_that_always_fails_is_not_hidden(photos: Photos) -> None:
+    """Two batches in a row may be the images' fault; a success in between starts the count again."""
+    plan, other = (byol_plan(rows, photos, only(image_size_px=32)) for rows in (np.arange(3), np.arange(3, 6)))
+    renderer = Refusing(photos, num_threads=2)
+    renderer.refused = frozenset({1})
+    for _ in range(2):
+        renderer.render(plan)
+    renderer.render(other)
+    for _ in range(2):
+        renderer.render(plan)
+    assert renderer.num_on_cpu == 4
+    with pytest.raises(RuntimeError, match="nvJPEG"):
+        renderer.render(plan)
+    renderer.close()

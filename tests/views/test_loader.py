@@ -2,38 +2,49 @@
 
 import gc
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from orl_fast.config import Config, OrlConfig, TrainConfig, ViewsConfig
-from orl_fast.errors import ConfigError
-from orl_fast.shards import ShardIndex, write_shards
+from orl_fast.config import LoaderConfig, ViewsConfig
+from orl_fast.errors import ConfigError, MissingStageError
+from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.tables import BoxTable, PairTable
+from orl_fast.views import Augmentation, Batch, RandomCrop, ViewLoader, ViewPlan, ViewSpec, choose
+from orl_fast.views.batch import Rows
 from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.loader import ViewLoader, Views
-from orl_fast.views.plan import Rows, ViewPlan, draw_orl
-from orl_fast.views.renderer import Rendered
-from tests.views.conftest import Photos
+from orl_fast.views.mined import Mined
+from orl_fast.views.patches import PatchStore
+from orl_fast.views.reference import ReferenceRenderer
+from orl_fast.views.sampler import Sampler
+from tests.conftest import pack
+from tests.views.conftest import Photos, orl_plan, specs_of
+from tests.views.test_patches import MADE_FROM
+from tests.views.test_patches import pack as pack_patches
 
 VIEWS = ViewsConfig(image_size_px=32, patch_size_px=24)
+OpenLoader = Callable[..., ViewLoader]
 
 
 @pytest.fixture
-def open_loader(photos: Photos, mined: tuple[BoxTable, PairTable]) -> Iterator[object]:
+def open_loader(photos: Photos, mined: Mined) -> Iterator[OpenLoader]:
     opened: list[ViewLoader] = []
 
     def draw(rows: Rows, epoch: int) -> ViewPlan:
-        sizes = {"heights": photos.heights, "widths": photos.widths}
-        return draw_orl(rows, seed=0, epoch=epoch, views=VIEWS, rois=mined[0], pairs=mined[1], **sizes)
+        return orl_plan(rows, photos, mined, VIEWS, epoch=epoch)
 
-    def open_one(*, source: Photos = photos, num_threads: int = 2, **options: object) -> ViewLoader:
-        settings: dict[str, object] = {"num_images": len(photos), "batch_size": 8, "num_steps": 5, **options}
-        opened.append(ViewLoader(CpuRenderer(source, num_threads=num_threads), draw, **settings))  # type: ignore[arg-type]
+    def open_one(
+        *, source: Photos = photos, num_threads: int = 2, batch_size: int = 8, world_size: int = 1, accumulate: int = 1, **options: object
+    ) -> ViewLoader:
+        sampler = Sampler(num_images=len(photos), micro_batch=batch_size, world_size=world_size, accumulate=accumulate, seed=0)
+        settings: dict[str, object] = {"num_steps": 5, **options}
+        opened.append(ViewLoader(CpuRenderer(source, num_threads=num_threads), draw, sampler=sampler, **settings))  # type: ignore[arg-type]
         return opened[-1]
 
     yield open_one
@@ -41,42 +52,36 @@ def open_loader(photos: Photos, mined: tuple[BoxTable, PairTable]) -> Iterator[o
         loader.close()
 
 
-def tensors(views: Views) -> list[torch.Tensor]:
-    return [view for pair in (views.image, views.intra, views.inter) if pair for view in pair]
-
-
-def assert_same(found: list[Views], expected: list[Views]) -> None:
-    assert len(found) == len(expected)
+def assert_same(found: Sequence[Batch], expected: Sequence[Batch]) -> None:
+    assert len(found) == len(expected) > 0
     for a, b in zip(found, expected, strict=True):
         assert np.array_equal(a.rows, b.rows)
-        assert len(tensors(a)) == len(tensors(b)) == 6
-        assert all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+        assert list(a.views) == list(b.views)
+        assert all(torch.equal(a.views[name], b.views[name]) for name in b.views)
 
 
-def joined(parts: list[Views]) -> Views:
-    pairs = {
-        term: tuple(torch.cat([getattr(part, term)[view] for part in parts]) for view in (0, 1)) for term in ("image", "intra", "inter")
-    }
-    return Views(**pairs, rows=np.concatenate([part.rows for part in parts]))  # type: ignore[arg-type]
+def joined(parts: list[Batch]) -> Batch:
+    views = {name: torch.cat([part.views[name] for part in parts]) for name in parts[0].views}
+    return replace(parts[0], views=views, rows=np.concatenate([part.rows for part in parts]))
 
 
-def test_threads_and_prefetching_do_not_change_a_byte(open_loader) -> None:  # type: ignore[no-untyped-def]
+def test_threads_and_prefetching_do_not_change_a_byte(open_loader: OpenLoader) -> None:
     expected = list(open_loader(num_threads=1, prefetch=1))
-    assert [len(views.rows) for views in expected] == [8] * 5
-    assert expected[0].image is not None
-    assert expected[0].image[0].shape == (8, 3, 32, 32)
-    assert expected[0].inter is not None
-    assert expected[0].inter[1].shape == (8, 3, 24, 24)
+    assert [len(batch.rows) for batch in expected] == [8] * 5
+    assert {name: tuple(view.shape) for name, view in expected[0].views.items()} == {
+        **dict.fromkeys(("view1", "view2"), (8, 3, 32, 32)),
+        **dict.fromkeys(("roi", "jittered_roi", "query_roi", "partner_roi"), (8, 3, 24, 24)),
+    }
     assert_same(list(open_loader(num_threads=4, prefetch=6)), expected)
 
 
-def test_any_step_can_be_the_first(open_loader) -> None:  # type: ignore[no-untyped-def]
+def test_any_step_can_be_the_first(open_loader: OpenLoader) -> None:
     expected = list(open_loader(num_steps=7))  # three steps per epoch: two epochs and a bit
     assert_same(list(open_loader(start_step=4, num_steps=3)), expected[4:])
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(4, 1), (2, 2), (1, 4)])
-def test_ranks_and_accumulation_share_the_same_views(world_size: int, accumulate: int, open_loader) -> None:  # type: ignore[no-untyped-def]
+def test_ranks_and_accumulation_share_the_same_views(world_size: int, accumulate: int, open_loader: OpenLoader) -> None:
     expected = list(open_loader())
     ranks = [list(open_loader(batch_size=2, rank=rank, world_size=world_size, accumulate=accumulate)) for rank in range(world_size)]
     assert all(len(batches) == 5 * accumulate for batches in ranks)
@@ -85,7 +90,9 @@ def test_ranks_and_accumulation_share_the_same_views(world_size: int, accumulate
         assert_same([joined(parts)], [expected[step]])
 
 
-def test_a_damaged_image_is_skipped_counted_and_told_once(photos: Photos, open_loader, caplog) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_image_is_skipped_counted_and_logged_once(
+    photos: Photos, open_loader: OpenLoader, caplog: pytest.LogCaptureFixture
+) -> None:
     damaged = Photos(list(photos.data), photos.heights, photos.widths)
     damaged.data[5] = np.zeros(1000, np.uint8)
     expected, loader = list(open_loader(num_steps=6)), open_loader(source=damaged, num_steps=6, name_of=lambda i: f"photo-{i}")
@@ -93,75 +100,172 @@ def test_a_damaged_image_is_skipped_counted_and_told_once(photos: Photos, open_l
     for a, b in zip(found, expected, strict=True):
         kept = np.isin(b.rows, a.rows)
         assert 5 not in a.rows
-        assert a.num_skipped == (~kept).sum()
-        assert all(torch.equal(x, y[torch.from_numpy(kept)]) for x, y in zip(tensors(a), tensors(b), strict=True))
-    assert loader.num_skipped == sum(views.num_skipped for views in found) >= 2
+        assert np.array_equal(a.bad_rows, b.rows[~kept])
+        assert all(torch.equal(a.views[name], view[torch.from_numpy(kept)]) for name, view in b.views.items())
+    assert loader.num_skipped == sum(len(batch.bad_rows) for batch in found) >= 2
     assert [record.getMessage().split()[0] for record in caplog.records] == ["photo-5"]
 
 
-def test_an_error_in_the_background_reaches_the_consumer(photos: Photos, mined: tuple[BoxTable, PairTable]) -> None:
+def test_an_error_in_the_background_reaches_the_consumer(photos: Photos, mined: Mined) -> None:
     class Broken:
-        def render(self, plan: ViewPlan) -> Rendered:
+        def render(self, plan: ViewPlan) -> Batch:
             raise OSError("the disk went away")
 
         def close(self) -> None:
             """Nothing is held."""
 
     def draw(rows: Rows, epoch: int) -> ViewPlan:
-        return draw_orl(rows, seed=0, epoch=epoch, heights=photos.heights, widths=photos.widths, views=VIEWS, rois=mined[0], pairs=mined[1])
+        return orl_plan(rows, photos, mined, VIEWS, epoch=epoch)
 
-    with ViewLoader(Broken(), draw, num_images=len(photos), batch_size=4) as loader, pytest.raises(OSError, match="went away"):
+    sampler = Sampler(num_images=len(photos), micro_batch=4, seed=0)
+    with ViewLoader(Broken(), draw, sampler=sampler) as loader, pytest.raises(OSError, match="went away"):
         next(loader)
 
 
-def test_the_last_batch_is_kept_on_request(open_loader) -> None:  # type: ignore[no-untyped-def]
-    sizes = [len(views.rows) for views in open_loader(batch_size=7, drop_last=False, num_steps=8)]
-    assert sizes == [7, 7, 7, 3] * 2
+def test_closed_loaders_leave_nothing_behind(open_loader: OpenLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[weakref.ref[Batch]] = []
+    render = CpuRenderer.render
 
+    def watched(self: CpuRenderer, plan: ViewPlan) -> Batch:
+        batch = render(self, plan)
+        rendered.append(weakref.ref(batch))
+        return batch
 
-def test_closed_loaders_leave_nothing_behind(open_loader) -> None:  # type: ignore[no-untyped-def]
-    def use_one() -> tuple[int, int, int]:
+    def use_one() -> tuple[int, int]:
         with open_loader(num_steps=None) as loader:  # closed while it renders ahead
             next(loader)
         gc.collect()
-        resident_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), resident_bytes
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
     before = [use_one() for _ in range(4)][-1]
+    monkeypatch.setattr(CpuRenderer, "render", watched)
     after = [use_one() for _ in range(10)][-1]
     assert after[0] <= before[0]
     assert after[1] <= before[1]
-    assert after[2] - before[2] < 40e6
+    assert len(rendered) >= 10
+    assert not any(batch() for batch in rendered)
 
 
-def test_opened_on_shards_it_yields_what_the_config_asks_for(photo_paths: list[Path], tmp_path: Path) -> None:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for path in photo_paths[:6]:
-        (folder / path.name).symlink_to(path)
-    write_shards([folder], tmp_path / "shards", num_workers=1)
-    index = ShardIndex.open(tmp_path / "shards")
-    config = Config(views=VIEWS, train=TrainConfig(batch_size=4, accumulate=2), orl=OrlConfig(intra_weight=0))
-    with ViewLoader.open(index, config=config, num_steps=2) as loader:
-        assert loader.steps_per_epoch == 1
-        batches = list(loader)
-    assert [len(views.rows) for views in batches] == [2] * 4
-    assert all(views.intra is None and views.inter is None for views in batches)
-    rois = BoxTable.from_lists([np.array([[10, 10, 90, 100]], np.int16)] * 6)
-    one = np.zeros(6, np.int16)
+@pytest.fixture(scope="module")
+def packed(photo_paths: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    return pack(photo_paths[:6], tmp_path_factory.mktemp("packed") / "six")
+
+
+@pytest.fixture(scope="module")
+def one_pair_each(packed: ShardIndex) -> Mined:
+    """One RoI per image, paired with that of the image before."""
+    num, one = len(packed), np.zeros(len(packed), np.int16)
+    rois = BoxTable.from_lists([np.array([[10, 10, 90, 100]], np.int16)] * num)
     pairs = PairTable(
-        neighbors=np.roll(np.arange(6), 1)[:, None], first=np.arange(6)[:, None], count=np.ones((6, 1), np.int32),
-        query_roi=one, partner_roi=one, similarities=np.ones(6, np.float32),
+        neighbors=np.roll(np.arange(num), 1)[:, None], first=np.arange(num)[:, None], count=np.ones((num, 1), np.int32),
+        query_roi=one, partner_roi=one, similarities=np.ones(num, np.float32),
     )  # fmt: skip
-    with ViewLoader.open(tmp_path / "shards", config=config, rois=rois, pairs=pairs, num_steps=2) as loader:
-        found = list(loader)
+    return Mined(rois=rois, pairs=pairs)
+
+
+def load(shards: ShardIndex | Path, specs: Sequence[ViewSpec], **options: object) -> list[Batch]:
+    settings: dict[str, object] = {"batch_size": 4, "num_steps": 2, "num_threads": 2, **options}
+    with ViewLoader.open(shards, specs, **settings) as loader:  # type: ignore[arg-type]
+        return list(loader)
+
+
+def test_opened_on_shards_it_yields_the_views_asked_for(packed: ShardIndex, one_pair_each: Mined) -> None:
+    two, four = specs_of(VIEWS, "view1", "view2"), specs_of(VIEWS, "view1", "view2", "query_roi", "partner_roi")
+    with ViewLoader.open(packed, two, batch_size=4, accumulate=2, num_steps=2) as loader:
+        assert loader.steps_per_epoch == 1
+        assert loader.renderer_kind == "cpu"
+        batches = list(loader)
+    assert [len(batch.rows) for batch in batches] == [2] * 4
+    assert list(batches[0].views) == ["view1", "view2"]
+    found = load(packed.path, four, accumulate=2, mined=one_pair_each)
     for a, b in zip(found, batches, strict=True):
-        assert a.intra is None
-        assert a.inter is not None
-        assert a.image is not None
-        assert b.image is not None
-        assert torch.equal(a.image[0], b.image[0])
-    with pytest.raises(ConfigError, match="multiple of 6"):
-        ViewLoader.open(index, config=config, world_size=3)
+        assert list(a.views) == ["view1", "view2", "query_roi", "partner_roi"]
+        assert all(torch.equal(a.views[name], view) for name, view in b.views.items())
+
+
+def test_leaving_out_or_reordering_views_changes_no_byte_of_another(packed: ShardIndex, one_pair_each: Mined) -> None:
+    whole = load(packed, specs_of(VIEWS), mined=one_pair_each)
+    for names in (("partner_roi",), ("jittered_roi", "view2"), tuple(whole[0].views)[::-1]):
+        for a, b in zip(load(packed, specs_of(VIEWS, *names), mined=one_pair_each), whole, strict=True):
+            assert tuple(a.views) == names
+            assert all(torch.equal(a.views[name], b.views[name]) for name in names)
+
+
+def test_a_users_own_views(packed: ShardIndex) -> None:
+    """Two large and eight small crops, as of multi-crop methods, and what the reference renders of the same plan."""
+    specs = [
+        ViewSpec(name=f"large{i}", size_px=224, source=RandomCrop(area=(0.14, 1.0)), augmentation=Augmentation(), stream=1 + i)
+        for i in range(2)
+    ] + [
+        ViewSpec(name=f"small{i}", size_px=96, source=RandomCrop(area=(0.05, 0.14)), augmentation=Augmentation(blur_prob=0.5), stream=3 + i)
+        for i in range(8)
+    ]
+    found, expected = (load(packed, specs, num_steps=1, loader=LoaderConfig(renderer=kind)) for kind in ("cpu", "reference"))
+    assert [tuple(view.shape) for view in found[0].views.values()] == [(4, 3, 224, 224)] * 2 + [(4, 3, 96, 96)] * 8
+    small = [found[0].views[f"small{i}"] for i in range(8)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(small) for b in small[:i])
+    for name, view in found[0].views.items():
+        assert (view.int() - expected[0].views[name].int()).abs().float().mean() <= 0.7, name
+
+
+class _InMemory:
+    """A user's source: everything read beforehand."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        with ShardReader(index) as reader:
+            self._data = [np.array(data) for data in reader.views(np.arange(len(index)))]
+        self.asked: list[Rows] = []
+        self.num_closed = 0
+
+    def views(self, rows: Rows, /) -> list[NDArray[np.uint8]]:
+        self.asked.append(rows)
+        return [self._data[row] for row in rows]
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+def test_a_source_of_ones_own_gives_the_same_views(packed: ShardIndex, one_pair_each: Mined, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs, expected = specs_of(VIEWS), load(packed, specs_of(VIEWS), mined=one_pair_each)
+    source = _InMemory(packed)
+    assert_same(load(packed, specs, mined=one_pair_each, source=source), expected)
+    assert source.num_closed == 1
+    assert np.array_equal(np.unique(np.concatenate(source.asked)), np.arange(6))
+
+    opened: list[_InMemory] = []
+    monkeypatch.setitem(choose.SOURCES, "memory", lambda index: opened.append(_InMemory(index)) or opened[-1])  # type: ignore[func-returns-value]
+    assert_same(load(packed, specs, mined=one_pair_each, loader=LoaderConfig(source="memory")), expected)
+    assert [source.num_closed for source in opened] == [1]
+
+
+def test_partners_come_from_packed_patches_whatever_the_source(
+    packed: ShardIndex, one_pair_each: Mined, photo_paths: list[Path], tmp_path: Path
+) -> None:
+    specs, photos = specs_of(VIEWS), Photos([np.fromfile(path, np.uint8) for path in photo_paths[:6]], packed.heights, packed.widths)
+    pack_patches(tmp_path / "patches", photos, one_pair_each.rois, np.arange(6))
+    patched = replace(one_pair_each, patches=PatchStore.open(tmp_path / "patches", made_from=MADE_FROM))
+    plain, found = load(packed, specs, mined=one_pair_each), load(packed, specs, mined=patched)
+    for a, b in zip(found, plain, strict=True):
+        assert all(torch.equal(a.views[name], b.views[name]) == (name != "partner_roi") for name in b.views)
+        difference = (a.views["partner_roi"].int() - b.views["partner_roi"].int()).abs().float().mean()
+        assert 0 < difference < 12  # resized twice and compressed once more
+    assert_same(load(packed, specs, mined=patched, source=_InMemory(packed)), found)
+
+
+def test_what_cannot_be_loaded_is_refused_at_once(packed: ShardIndex) -> None:
+    image = specs_of(VIEWS, "view1", "view2")
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        ViewLoader.open(packed, image, batch_size=4, world_size=3)
     with pytest.raises(ConfigError, match="only 6 images"):
-        ViewLoader.open(index, config=replace(config, train=TrainConfig(batch_size=8)))
+        ViewLoader.open(packed, image, batch_size=8)
+    with pytest.raises(MissingStageError, match="orl-fast mine"):
+        ViewLoader.open(packed, specs_of(VIEWS), batch_size=4)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        ViewLoader.open(packed, image, batch_size=4, loader=LoaderConfig(renderer="gpu"))
+
+
+def test_auto_is_resolved_before_the_loader_starts(packed: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orl_fast.views.loader.faster_renderer", lambda *_, **__: "reference")
+    with ViewLoader.open(packed, specs_of(VIEWS, "view1"), batch_size=4, num_steps=1) as loader:
+        assert loader.renderer_kind == "reference"
+        assert isinstance(loader.renderer, ReferenceRenderer)

@@ -10,9 +10,9 @@ from PIL import Image
 from torchvision import transforms
 
 from orl_fast.config import ViewsConfig
-from orl_fast.views.plan import center_crops, draw_byol, roi_crops
+from orl_fast.views.plan import center_crops, roi_crops
 from orl_fast.views.reference import ReferenceRenderer
-from tests.views.conftest import Photos
+from tests.views.conftest import Photos, byol_plan
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
@@ -22,8 +22,8 @@ def pixels(image: Image.Image) -> torch.Tensor:
 def test_views_are_torchvisions(photos: Photos, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.arange(len(photos))
     views = ViewsConfig(image_size_px=64, blur_prob=(0.6, 0.4), solarize_prob=(0.3, 0.2))
-    plan = draw_byol(rows, seed=2, epoch=3, heights=photos.heights, widths=photos.widths, views=views)
-    rendered = ReferenceRenderer(photos).render(plan)
+    plan = byol_plan(rows, photos, views, seed=2, epoch=3)
+    rendered = list(ReferenceRenderer(photos).render(plan).views.values())
     crops = plan.crops
     for m in range(len(crops)):
         image = Image.open(io.BytesIO(photos.data[crops.source[m]])).convert("RGB")
@@ -42,13 +42,13 @@ def test_views_are_torchvisions(photos: Photos, monkeypatch: pytest.MonkeyPatch)
             steps.append(transforms.GaussianBlur(2 * int(np.ceil(4 * sigma)) + 1, sigma=(sigma, sigma)))
         steps.append(transforms.RandomSolarize(128, p=float(crops.solarize[m])))
         expected = pixels(transforms.Compose(steps)(image))
-        assert torch.equal(rendered.batches[m // len(rows)][m % len(rows)], expected)
+        assert torch.equal(rendered[m // len(rows)][m % len(rows)], expected)
 
 
 def test_evaluation_views_are_resize_and_center_crop(photos: Photos) -> None:
     rows = np.arange(len(photos))
     plan = center_crops(rows, heights=photos.heights, widths=photos.widths, resize_px=256, crop_px=224)
-    found = ReferenceRenderer(photos).render(plan).batches[0]
+    found = ReferenceRenderer(photos).render(plan).views["view"]
     evaluation = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])
     means = []
     for row in rows:
@@ -63,7 +63,7 @@ def test_evaluation_views_are_resize_and_center_crop(photos: Photos) -> None:
 
 def test_roi_crops_are_cut_out_before_they_are_resized(photos: Photos) -> None:
     boxes = np.array([[10, 20, 110, 180], [0, 0, 40, 40], [5, 5, 6, 6]], np.int16)
-    found = ReferenceRenderer(photos).render(roi_crops(np.array([1, 2, 2]), boxes, size_px=48)).batches[0]
+    found = ReferenceRenderer(photos).render(roi_crops(np.array([1, 2, 2]), boxes, size_px=48)).views["view"]
     for i, row in enumerate([1, 2, 2]):
         image = Image.open(io.BytesIO(photos.data[row])).convert("RGB").crop(tuple(int(edge) for edge in boxes[i]))
         assert torch.equal(found[i], pixels(image.resize((48, 48), Image.Resampling.BILINEAR)))

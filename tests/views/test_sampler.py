@@ -10,12 +10,19 @@ from orl_fast.views.sampler import Sampler
 
 
 @settings(max_examples=40, deadline=None)
-@given(num_images=st.integers(1, 3000), batch=st.integers(1, 64), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
-def test_an_epoch_holds_every_image_once(num_images: int, batch: int, seed: int, epoch: int) -> None:
-    sampler = Sampler(num_images=num_images, micro_batch=batch, seed=seed, drop_last=False)
+@given(
+    steps=st.integers(1, 300), batch=st.integers(1, 64), rest=st.integers(0, 63), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000)
+)
+def test_an_epoch_holds_every_image_at_most_once_and_all_that_fill_batches(
+    steps: int, batch: int, rest: int, seed: int, epoch: int
+) -> None:
+    sampler = Sampler(num_images=steps * batch + rest % batch, micro_batch=batch, seed=seed)
+    assert sampler.steps_per_epoch == steps
     first = epoch * sampler.steps_per_epoch
     rows = np.concatenate([sampler.rows(first + step) for step in range(sampler.steps_per_epoch)])
-    assert np.array_equal(np.sort(rows), np.arange(num_images))
+    assert len(np.unique(rows)) == steps * batch
+    assert rows.min() >= 0
+    assert rows.max() < sampler.num_images
     assert sampler.epoch_of(first) == epoch == sampler.epoch_of(first + sampler.steps_per_epoch - 1)
 
 
@@ -48,5 +55,16 @@ def test_any_place_of_a_hundred_million_images_is_reached_at_once() -> None:
 def test_too_few_images_for_a_batch_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match=r"only 10 images.*batch_size to at most 10"):
         Sampler(num_images=10, micro_batch=4, world_size=4, seed=0)
-    kept = Sampler(num_images=10, micro_batch=4, world_size=4, seed=0, drop_last=False)
-    assert [len(kept.rows(0, rank=rank)) for rank in range(4)] == [4, 4, 2, 0]
+    for wrong in ({"micro_batch": 0}, {"world_size": 0}, {"accumulate": 0}, {"num_images": 0}):
+        with pytest.raises(ConfigError, match="1 or more"):
+            Sampler(**{"num_images": 10, "micro_batch": 1, "seed": 0, **wrong})
+
+
+def test_a_global_batch_is_shared_evenly_or_refused() -> None:
+    shared = Sampler.sharing(24, num_images=100, world_size=2, accumulate=3, seed=0)
+    assert (shared.micro_batch, shared.global_batch, shared.steps_per_epoch) == (4, 24, 4)
+    for batch_size in (27, 3):
+        with pytest.raises(
+            ConfigError, match=rf"train\.batch_size = {batch_size}: not a multiple of 2 ranks × 3 micro-batches; use a multiple of 6"
+        ):
+            Sampler.sharing(batch_size, num_images=100, world_size=2, accumulate=3, seed=0)

@@ -1,15 +1,18 @@
+"""The online network, its moving average, and the schedule of the average's momentum."""
+
+import itertools
+import json
+
+import pytest
 import torch
 from torch import Tensor
 
-from orl_fast.config import ModelConfig
-from orl_fast.models import Branch, frozen_copy, predictor, project, projector, update_target
-
-SMALL = ModelConfig(backbone="resnet18", projector_hidden=16, projector_out=8, predictor_hidden=16)
+from orl_fast.models import Network, ema_momentum, frozen_copy, project, update_target
 
 
-def _branches() -> tuple[Branch, Branch]:
+def _networks() -> tuple[Network, Network]:
     torch.manual_seed(0)
-    online = Branch(SMALL)
+    online = Network("resnet18", (16, 8))
     return online, frozen_copy(online)
 
 
@@ -18,8 +21,24 @@ def _views() -> list[Tensor]:
     return [torch.randn(4, 3, 32, 32, generator=generator) * scale for scale in (1, 3)]
 
 
+@pytest.mark.parametrize("options", [{}, {"last_bias": True}, {"last_bias": True, "last_norm": True}])
+def test_a_description_in_json_builds_the_same_network(options: dict[str, bool]) -> None:
+    network = Network("resnet10_small", (24, 24, 12), **options).eval()
+    rebuilt = Network.from_description(json.loads(json.dumps(network.description))).eval()
+    assert rebuilt.description == network.description
+    rebuilt.load_state_dict(network.state_dict())
+    assert torch.equal(rebuilt(_views()[0]), network(_views()[0]))
+
+
+def test_it_is_backbone_then_pool_then_projector() -> None:
+    network = _networks()[0].eval()
+    with torch.no_grad():
+        features = network.backbone(_views()[0])
+        assert torch.equal(network(_views()[0]), network.projector(features.mean(dim=(2, 3))))
+
+
 def test_target_starts_equal_and_is_averaged() -> None:
-    online, target = _branches()
+    online, target = _networks()
     for one, other in zip(online.parameters(), target.parameters(), strict=True):
         assert torch.equal(one, other)
         assert not other.requires_grad
@@ -35,7 +54,7 @@ def test_target_starts_equal_and_is_averaged() -> None:
 
 
 def test_buffers_come_from_the_targets_own_forwards() -> None:
-    online, target = _branches()
+    online, target = _networks()
     project(online, _views())
     project(target, _views()[:1])
     update_target(target, online, momentum=0.0)
@@ -45,18 +64,19 @@ def test_buffers_come_from_the_targets_own_forwards() -> None:
 
 
 def test_joined_views_share_their_batch_statistics() -> None:
-    online, _ = _branches()
+    online, _ = _networks()
     apart, together = project(online, _views()), project(online, _views(), joined=True)
     assert [projection.shape for projection in together] == [projection.shape for projection in apart]
     assert not torch.allclose(apart[0], together[0], atol=1e-3)
     online.eval()
     for one, other in zip(project(online, _views()), project(online, _views(), joined=True), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert project(online, [], joined=True) == []
 
 
-def test_heads_have_the_papers_layers() -> None:
-    head = projector(2048, hidden=4096, out=256)
-    assert {name: tuple(value.shape) for name, value in head.named_parameters()} == {
-        "0.weight": (4096, 2048), "0.bias": (4096,), "1.weight": (4096,), "1.bias": (4096,), "3.weight": (256, 4096)
-    }  # fmt: skip
-    assert sum(parameter.numel() for parameter in predictor(256, hidden=4096).parameters()) == 256 * 4096 + 3 * 4096 + 4096 * 256
+def test_momentum_rises_from_its_base_towards_one() -> None:
+    momenta = [ema_momentum(step, num_steps=1000, base=0.99) for step in range(1001)]
+    assert momenta[0] == pytest.approx(0.99, rel=1e-12)
+    assert momenta[500] == pytest.approx(0.995, rel=1e-12)
+    assert momenta[1000] == 1
+    assert all(earlier < later for earlier, later in itertools.pairwise(momenta))

@@ -1,34 +1,41 @@
 """Where partner patches are read from: each RoI that some pair uses, stored once as a small JPEG (written by `orl_fast.mining.patches`)."""
 
 import mmap
+import os
+import weakref
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.errors import DataError, StaleError
-from orl_fast.tables import open_array, open_info
-from orl_fast.views.plan import PATCH_SIDE_PX
-from orl_fast.views.renderer import ImageSource
+from orl_fast.provenance import open_info
+from orl_fast.tables import open_array
+from orl_fast.views.batch import Rows
+from orl_fast.views.rendering import ImageSource
 
+PATCH_SIDE_PX = 128
 _REMEDY = "orl-fast mine patches"
-_MAX_OPEN_MAPS = 128  # each holds a file descriptor
+_MAX_OPEN_MAPS = 1024  # each holds a file descriptor
 
 
 class PatchStore:
     """Patches by number, from a table folder with patches-000000.tar, … beside its arrays.
+
+    The folder is held by its descriptor: a training keeps reading the patches it started with, even if others are packed meanwhile.
 
     Attributes:
         rows: [P] int64, sorted: patch p shows the RoI rois.boxes[rows[p]].
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder, self._descriptor = folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        weakref.finalize(self, os.close, self._descriptor)
         self.rows: NDArray[np.int64] = open_array(folder, "roi_row")
         self._shard, self._offset, self._size = (open_array(folder, name) for name in ("shard", "offset", "size"))
-        self._folder = folder
-        self._map = lru_cache(_MAX_OPEN_MAPS)(partial(_map_shard, folder))  # a map in use lives on in its views
+        self._map = lru_cache(_MAX_OPEN_MAPS)(self._mapped)  # a map in use lives on in its views
 
     @classmethod
     def open(cls, folder: Path, *, made_from: Mapping[str, str]) -> "PatchStore":
@@ -46,21 +53,24 @@ class PatchStore:
         return len(self.rows)
 
     def view(self, i: int, /) -> NDArray[np.uint8]:
-        """The bytes of patch `i`, without a copy."""
+        """The bytes of patch `i`, without a copy.
+
+        Raises:
+            DataError: its tar is missing or cut short.
+        """
         mapped = self._map(int(self._shard[i]))
         try:
             return np.frombuffer(mapped, np.uint8, int(self._size[i]), int(self._offset[i]))
         except ValueError as error:
             raise DataError(f"{self._folder}: patch {i} lies beyond the end of its tar; remove the folder and run {_REMEDY}") from error
 
-
-def _map_shard(folder: Path, shard: int) -> mmap.mmap:
-    path = folder / f"patches-{shard:06d}.tar"
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); remove {folder} and run {_REMEDY}") from error
+    def _mapped(self, shard: int) -> mmap.mmap:
+        name = f"patches-{shard:06d}.tar"
+        try:
+            with open(os.open(name, os.O_RDONLY, dir_fd=self._descriptor), "rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._folder / name}: cannot be read ({error}); remove {self._folder} and run {_REMEDY}") from error
 
 
 class PatchedSource:
@@ -69,5 +79,11 @@ class PatchedSource:
     def __init__(self, images: ImageSource, patches: PatchStore, *, num_images: int) -> None:
         self._images, self._patches, self._num_images = images, patches, num_images
 
-    def view(self, i: int, /) -> NDArray[np.uint8]:
-        return self._images.view(i) if i < self._num_images else self._patches.view(i - self._num_images)
+    def views(self, rows: Rows, /) -> list[NDArray[np.uint8]]:
+        rows = np.asarray(rows)
+        stored = rows >= self._num_images
+        images, patches = iter(self._images.views(rows[~stored])), (self._patches.view(int(row)) for row in rows[stored] - self._num_images)
+        return [next(patches if is_patch else images) for is_patch in stored.tolist()]
+
+    def close(self) -> None:
+        self._images.close()

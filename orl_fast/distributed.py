@@ -2,18 +2,17 @@
 
 import datetime
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from orl_fast.cores import num_cores
 from orl_fast.errors import ConfigError
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -36,8 +35,7 @@ class Ranks:
     @property
     def num_threads(self) -> int:
         """The cores of this process, shared among its node's ranks."""
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        return max(1, cores // self.local_world_size)
+        return max(1, num_cores() // self.local_world_size)
 
 
 @contextmanager
@@ -78,61 +76,65 @@ def _device(choice: DeviceChoice, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def synchronize_batch_norm(module: nn.Module, ranks: Ranks) -> None:
-    """Take batch statistics over all ranks from now on; parameters, buffers and their names stay. Nothing to do for one rank."""
-    if ranks.world_size > 1 and ranks.device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-    elif ranks.world_size > 1:
-        for layer in module.modules():
-            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
-                layer.__class__ = CpuSyncBatchNorm  # type: ignore[assignment]
-
-
-class CpuSyncBatchNorm(_BatchNorm):
-    """Batch norm over all ranks for gloo, where torch's own wants a GPU. Ranks may hold different numbers of samples."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        del input  # any number of dimensions: [B, C] and [B, C, h, w]
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        values = input.to(torch.promote_types(input.dtype, torch.float32))
-        axes = [0, *range(2, values.ndim)]
-        shape = [1, -1, *[1] * (values.ndim - 2)]
-        num_values = values.new_tensor([values.numel() / values.shape[1]])
-        sums: Tensor = _AllReduceSum.apply(torch.cat([values.sum(axes), num_values]))
-        num_values = sums[-1].detach()
-        mean = sums[:-1] / num_values
-        centered = values - mean.view(shape)
-        # A second round for the squares about the mean: E[x²] - E[x]² would cancel.
-        variance: Tensor = _AllReduceSum.apply(centered.square().sum(axes)) / num_values
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * num_values / (num_values - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centered * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
-
-
 class _AllReduceSum(Function):
-    """Sum over ranks; the gradient of a sum that every rank uses is the sum of the ranks' gradients."""
+    """torch.distributed.nn has the same, deprecated."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
+        total = tensor.contiguous().clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return _AllReduceSum.forward(ctx, gradient)
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over ranks, with its gradient: that of a sum which every rank uses is the sum of the ranks' gradients."""
+    total: Tensor = _AllReduceSum.apply(tensor)
+    return total
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, in their order: [B, …] → [world_size * B, …], for example for negatives over the global batch.
+
+    Every rank must hold the same number of rows. Each rank's rows receive the sum of the gradients that all ranks have for them. Without
+    a process group, the tensor itself.
+    """
+    if not dist.is_initialized():
+        return tensor
+    rows = tensor.new_zeros(dist.get_world_size(), *tensor.shape)
+    rows[dist.get_rank()] = tensor
+    return sum_over_ranks(rows).flatten(0, 1)
+
+
+def broadcast_value(value: Any, ranks: Ranks) -> Any:
+    """What the first rank says, on every rank; any plain value."""
+    if ranks.world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+def require_same(values: Mapping[str, Any], ranks: Ranks) -> None:
+    """Refuse to start where ranks differ: other shards, tables, recipes or checkpoints on some node.
+
+    Raises:
+        ConfigError: the first name whose value is not the same on all ranks.
+    """
+    if ranks.world_size == 1:
+        return
+    everyone: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(everyone, dict(values))
+    for name in values:
+        other = next((rank for rank, theirs in enumerate(everyone) if theirs[name] != everyone[0][name]), None)
+        if other is not None:
+            raise ConfigError(
+                f"{name}: {everyone[0][name]} on rank 0, {everyone[other][name]} on rank {other}; give all nodes the same shards, "
+                "mined tables, recipe and run folder (one that all of them share, or equal copies)"
+            )
 
 
 def mean_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
@@ -144,25 +146,25 @@ def mean_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
 
 
 class Agreement:
-    """Whether any rank wants to stop, known to all at the same step, without waiting for the GPU.
+    """What any rank wishes (to stop, to save), known to all at the same step, without waiting for the GPU.
 
-    Ranks receive a signal at different steps, and one that stops alone leaves the others waiting for it for ever. So the question asked
-    in one step, in the background, is answered in the next.
+    Ranks receive a signal at different steps, and one that stops alone leaves the others waiting for it forever. So a wish of one step is
+    sent in the background and is known in the next.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, num_wishes: int) -> None:
         self._alone = ranks.world_size == 1
-        self._flag = torch.zeros(1)
+        self._flags = torch.zeros(num_wishes)
         self._work: dist.Work | None = None
 
-    def any(self, wish: bool) -> bool:
-        """Called by every rank in every step; True one step after some rank's wish."""
+    def any(self, *wishes: bool) -> list[bool]:
+        """Called by every rank in every step; each entry is True one step after some rank's wish."""
         if self._alone:
-            return wish
-        agreed = False
+            return list(wishes)
+        agreed = [False] * len(wishes)
         if self._work is not None:
             self._work.wait()
-            agreed = bool(self._flag.item())
-        self._flag.fill_(float(wish))
-        self._work = dist.all_reduce(self._flag, async_op=True)
+            agreed = [flag > 0 for flag in self._flags.tolist()]
+        self._flags.copy_(torch.tensor([float(wish) for wish in wishes]))
+        self._work = dist.all_reduce(self._flags, async_op=True)
         return agreed

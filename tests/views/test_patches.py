@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 from PIL import Image
 
 from orl_fast.errors import DataError, MissingStageError, StaleError
-from orl_fast.tables import BoxTable, PairTable, TableInfo, new_table
+from orl_fast.provenance import TableInfo, new_table
+from orl_fast.tables import BoxTable
 from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.plan import PATCH_SIDE_PX, draw_orl
+from orl_fast.views.mined import Mined
+from orl_fast.views.patches import PATCH_SIDE_PX, PatchedSource, PatchStore
 from orl_fast.views.reference import ReferenceRenderer, decode
-from orl_fast.views.sources import PatchedSource, PatchStore
-from tests.views.conftest import Photos, only
+from tests.views.conftest import Photos, only, orl_plan
 
 MADE_FROM = {"rois": "a", "pairs": "b"}
 
@@ -42,37 +44,66 @@ def pack(folder: Path, photos: Photos, rois: BoxTable, rows: np.ndarray, *, side
     return patches
 
 
-def test_patches_stand_in_for_their_rois(photos: Photos, mined: tuple[BoxTable, PairTable], tmp_path: Path) -> None:
-    rois, pairs = mined
-    rows = np.arange(0, len(rois.boxes))
-    packed = pack(tmp_path / "patches", photos, rois, rows)
+def test_patches_stand_in_for_their_rois(photos: Photos, mined: Mined, tmp_path: Path) -> None:
+    rows = np.arange(0, len(mined.rois.boxes))
+    packed = pack(tmp_path / "patches", photos, mined.rois, rows)
     store = PatchStore.open(tmp_path / "patches", made_from=MADE_FROM)
     assert len(store) == len(rows)
     assert [store.view(i).tobytes() for i in range(len(store))] == packed
-    source = PatchedSource(photos, store, num_images=len(photos))
-    assert source.view(3) is photos.view(3)
+    num = len(photos)
+    source = PatchedSource(photos, store, num_images=num)
+    mixed = source.views(np.array([num + 4, 3, num, 0, 3]))
+    assert [data.tobytes() for data in mixed] == [
+        packed[4],
+        photos.data[3].tobytes(),
+        packed[0],
+        photos.data[0].tobytes(),
+        photos.data[3].tobytes(),
+    ]
+    assert mixed[1] is photos.data[3]  # no copy
 
-    batch, sizes = np.arange(10), {"heights": photos.heights, "widths": photos.widths}
-    settings = {"seed": 0, "epoch": 0, "views": only(patch_size_px=48), "rois": rois, "pairs": pairs, "terms": ("inter",), **sizes}
-    plain, patched = draw_orl(batch, **settings), draw_orl(batch, patch_rows=store.rows, **settings)
+    batch, views = np.arange(10), only(patch_size_px=48)
+    plain = orl_plan(batch, photos, mined, views, "query_roi", "partner_roi")
+    patched = orl_plan(batch, photos, replace(mined, patches=store), views, "query_roi", "partner_roi")
     with CpuRenderer(source, num_threads=1) as renderer:
         found = renderer.render(patched)
     expected = ReferenceRenderer(photos).render(plain)
-    assert (patched.crops.source[len(batch) :] >= len(photos)).all()
-    assert (plain.crops.source < len(photos)).all()
-    difference = (found.batches[1].int() - expected.batches[1].int()).abs().float()
+    assert (patched.crops.source[len(batch) :] >= num).all()
+    assert (plain.crops.source < num).all()
+    difference = (found.views["partner_roi"].int() - expected.views["partner_roi"].int()).abs().float()
     assert difference.mean() < 6  # resized twice and compressed once more: not the same pixels, but the same picture
-    assert (found.batches[0].int() - expected.batches[0].int()).abs().max() <= 2
+    assert (found.views["query_roi"].int() - expected.views["query_roi"].int()).abs().max() <= 2
 
 
-def test_stale_missing_and_damaged_patches_are_refused(photos: Photos, mined: tuple[BoxTable, PairTable], tmp_path: Path) -> None:
+def test_a_store_keeps_the_patches_it_was_opened_with(photos: Photos, mined: Mined, tmp_path: Path) -> None:
+    folder, rows = tmp_path / "patches", np.arange(8)
+    packed = pack(folder, photos, mined.rois, rows)
+    store = PatchStore.open(folder, made_from=MADE_FROM)
+    assert store.view(0).tobytes() == packed[0]  # the second tar is not open yet
+    folder.rename(tmp_path / "patches@before")
+    assert pack(folder, photos, mined.rois, rows[::-1] + 1) != packed
+    assert [store.view(i).tobytes() for i in range(8)] == packed
+
+
+def test_a_store_whose_folder_was_deleted_never_reads_its_successor(photos: Photos, mined: Mined, tmp_path: Path) -> None:
+    folder, rows = tmp_path / "patches", np.arange(8)
+    packed = pack(folder, photos, mined.rois, rows)
+    store = PatchStore.open(folder, made_from=MADE_FROM)
+    assert store.view(0).tobytes() == packed[0]
+    pack(folder, photos, mined.rois, rows + 4)
+    assert [store.view(i).tobytes() for i in range(4)] == packed[:4]  # mapped before
+    with pytest.raises(DataError, match="orl-fast mine patches"):
+        store.view(7)
+
+
+def test_stale_missing_and_damaged_patches_are_refused(photos: Photos, mined: Mined, tmp_path: Path) -> None:
     folder = tmp_path / "patches"
     with pytest.raises(MissingStageError, match="orl-fast mine patches"):
         PatchStore.open(folder, made_from=MADE_FROM)
-    pack(folder, photos, mined[0], np.arange(4), side_px=64)
+    pack(folder, photos, mined.rois, np.arange(4), side_px=64)
     with pytest.raises(StaleError, match="64 px"):
         PatchStore.open(folder, made_from=MADE_FROM)
-    pack(folder, photos, mined[0], np.arange(4))
+    pack(folder, photos, mined.rois, np.arange(4))
     with pytest.raises(StaleError):
         PatchStore.open(folder, made_from={"rois": "other"})
     store = PatchStore.open(folder, made_from=MADE_FROM)
@@ -83,7 +114,7 @@ def test_stale_missing_and_damaged_patches_are_refused(photos: Photos, mined: tu
             store.view(i)
 
 
-def test_stored_patches_are_whole_images(photos: Photos, mined: tuple[BoxTable, PairTable], tmp_path: Path) -> None:
-    pack(tmp_path / "patches", photos, mined[0], np.arange(3))
+def test_stored_patches_are_whole_images(photos: Photos, mined: Mined, tmp_path: Path) -> None:
+    pack(tmp_path / "patches", photos, mined.rois, np.arange(3))
     store = PatchStore.open(tmp_path / "patches", made_from=MADE_FROM)
     assert all(Image.open(io.BytesIO(store.view(i).tobytes())).size == (PATCH_SIDE_PX, PATCH_SIDE_PX) for i in range(3))

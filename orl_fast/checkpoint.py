@@ -1,0 +1,111 @@
+"""Checkpoints: one file written by `torch.save`, readable with `weights_only=True`, with a header that is read without the weights.
+
+    format             2
+    method             "byol", "orl", …
+    step               steps done, of num_steps: the whole state of the loader and the schedules
+    model              the method's state_dict, for example "online.backbone.…" (torchvision's names), "online.projector.…", "target.…"
+    optimizer          the optimizer's state_dict
+    encoder            what rebuilds the encoder without the method: "backbone" (name), "projector" (see `Mlp.settings`), and "prefix", of
+                       its entries in `model`
+    config             the run's configuration as nested dicts (`orl_fast.recipe.config_from_dict`)
+    index              fingerprint of the packed images
+    mined              fingerprints of the mined tables in use, by name; empty for methods that need none
+    renderer           what drew the views: "cpu", "gpu", "reference", "dali-cpu"
+    versions           of orl-fast, torch and torchvision
+
+The header, a JSON file inside the archive, holds all but model and optimizer.
+"""
+
+import json
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orl_fast.errors import DataError, MissingStageError
+from orl_fast.files import atomic_file
+
+FORMAT = 2
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+_HEADER = "archive/orl-fast.json"  # torch.save calls its folder so
+_FOLDER = 0x10  # as DOS marks it
+_WEIGHTS = ("model", "optimizer")
+_KEYS = {"method", "step", "num_steps", "encoder", "config", "index", "mined", "renderer", "versions"}
+_REMEDY = "use another checkpoint, or remove it and train again"
+_DAMAGE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError, TypeError)
+
+
+def write_checkpoint(path: Path, header: Mapping[str, Any], *, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically (see the module).
+
+    Raises:
+        DataError: the disk is full, or the folder cannot be written.
+    """
+    # Through JSON, so that strings which happen to be one object do not show in the bytes: a resumed run writes what a straight one does.
+    header = json.loads(json.dumps({"format": FORMAT, **header}))
+    with atomic_file(path) as file:
+        torch.save({**header, "model": model, "optimizer": optimizer}, file)
+        file.flush()
+        with zipfile.ZipFile(file.name, "a") as archive:  # by its name: appending also reads
+            archive.writestr(zipfile.ZipInfo(_HEADER), json.dumps(header))  # without the time, so that equal runs give equal bytes
+
+
+def checkpoint_path(path: Path) -> Path:
+    """The checkpoint of a run folder, or the file itself."""
+    return path / CHECKPOINT if path.is_dir() else path
+
+
+def read_header(path: Path) -> Mapping[str, Any]:
+    """Everything but the weights; raises as `read_checkpoint`."""
+    with _opened(path) as archive:
+        if _HEADER not in archive.namelist():
+            raise DataError(f"{path}: not a checkpoint of this version of orl-fast; {_REMEDY}")
+        return _checked(path, json.loads(archive.read(_HEADER)), _KEYS)
+
+
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """The contents of a checkpoint (see the module), its checksums verified.
+
+    Raises:
+        MissingStageError: there is no such file. DataError: it is damaged, no checkpoint, or of another format.
+    """
+    with _opened(path) as archive:  # torch.load itself compares no checksums, and gives what was in memory for an entry marked as a folder
+        damaged = archive.testzip() or next((entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER), None)
+    if damaged is not None:
+        raise DataError(f"{path}: damaged ({damaged} fails its checksum); {_REMEDY}")
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+    return _checked(path, values, _KEYS | set(_WEIGHTS))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive; whatever reading it raises says that the checkpoint is damaged."""
+    if not path.is_file():
+        raise MissingStageError(f"{path}: there is no checkpoint; run orl-fast train first, or name one with --checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: BaseException) -> DataError:
+    return DataError(f"{path}: damaged or not a checkpoint ({(str(error) or type(error).__name__).splitlines()[0]}); {_REMEDY}")
+
+
+def _checked(path: Path, values: Any, keys: set[str]) -> Mapping[str, Any]:
+    if not isinstance(values, dict) or "format" not in values:
+        raise DataError(f"{path}: not a checkpoint of orl-fast; {_REMEDY}")
+    if values["format"] != FORMAT:
+        raise DataError(f"{path}: checkpoint format {values['format']}, this version reads {FORMAT}; {_REMEDY}")
+    if missing := keys - values.keys():
+        raise DataError(f"{path}: damaged ({', '.join(sorted(missing))} is missing); {_REMEDY}")
+    return values
