@@ -1,13 +1,6 @@
-"""The mined tables: memory-mapped arrays, one folder each, that know what they were made from.
+"""The format of mined tables: a folder of memory-mapped .npy arrays. Row i is image i of the shard index."""
 
-A table folder holds `table.json` and its arrays as .npy. Row i is image i of the shard index. The fingerprint digests the kind, the
-settings and the fingerprints of the inputs; since every stage is deterministic, equal fingerprints mean equal content, and a table whose
-inputs have changed is refused.
-"""
-
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,83 +8,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from orl_fast.config import Compat, digest
-from orl_fast.errors import DataError, MissingStageError, StaleError
-from orl_fast.files import atomic_folder, write_json
+from orl_fast.config import Variant
+from orl_fast.errors import DataError, StaleError
+from orl_fast.files import write_array
 
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableInfo:
-    """What a table is and what it was made from.
-
-    Attributes:
-        kind: "neighbors", "proposals", "rois", "pairs", …
-        made_from: fingerprint of each input, by name ("index", "encoder", "rois", …).
-        settings: the numbers that shaped it.
-    """
-
-    kind: str
-    made_from: Mapping[str, str]
-    settings: Mapping[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        return digest([FORMAT_VERSION, self.kind, dict(self.made_from), dict(self.settings)])
-
-
-@contextmanager
-def new_table(path: Path, info: TableInfo) -> Iterator[Path]:
-    """Yield a folder to write arrays into; it becomes the table `path` only when the block ends well."""
-    with atomic_folder(path) as folder:
-        yield folder
-        write_info(folder, info)
-
-
-def write_info(folder: Path, info: TableInfo) -> None:
-    """Write table.json, last of all, into a folder that holds the table's arrays."""
-    about = {"format": FORMAT_VERSION, "kind": info.kind, "fingerprint": info.fingerprint}
-    write_json(folder / "table.json", about | {"made_from": dict(info.made_from), "settings": dict(info.settings)})
-
-
-def table_info(path: Path) -> TableInfo | None:
-    """What the table folder says of itself; None where there is no whole table.
-
-    Raises:
-        DataError: table.json is damaged or of another format version.
-    """
-    file = path / "table.json"
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text())
-        version, info = values["format"], TableInfo(kind=values["kind"], made_from=values["made_from"], settings=values["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: damaged ({error}); remove the folder and run the stage again") from error
-    if version != FORMAT_VERSION:
-        raise DataError(f"{file}: table format {version}, this version reads {FORMAT_VERSION}; remove the folder and mine again")
-    return info
-
-
-def open_info(path: Path, kind: str, *, made_from: Mapping[str, str], remedy: str) -> TableInfo:
-    """The info of a table that must be there, of this kind, and made from these inputs.
-
-    Args:
-        made_from: the fingerprints to compare. remedy: the command that makes the table.
-    Raises:
-        MissingStageError: no such table. StaleError: made from other inputs. DataError: damaged.
-    """
-    info = table_info(path)
-    if info is None:
-        raise MissingStageError(f"{path}: there is no {kind} table; run {remedy}")
-    if info.kind != kind:
-        raise DataError(f"{path}: holds a {info.kind} table, a {kind} table was expected; run {remedy}")
-    for name, expected in made_from.items():
-        found = info.made_from.get(name)
-        if found != expected:
-            raise StaleError(f"{path}: made from {name} {found}, this run uses {expected}; run {remedy}")
-    return info
+_INT16 = np.iinfo(np.int16)
 
 
 def open_array(folder: Path, name: str) -> NDArray[Any]:
@@ -105,7 +26,7 @@ def open_array(folder: Path, name: str) -> NDArray[Any]:
         # An empty array cannot be mapped, and needs no mapping.
         array = np.load(file, mmap_mode=None if file.stat().st_size < 4096 else "r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); remove {folder} and run the stage again") from error
+        raise DataError(f"{file}: cannot be read ({error}); remove {folder} and run the step again") from error
     return np.asarray(array)
 
 
@@ -118,14 +39,9 @@ class _Table:
         return cls(**{field.name: open_array(path, field.name) for field in fields(cls)})
 
     def write_arrays(self, folder: Path) -> None:
-        """Write the arrays into the folder that `new_table` gave."""
+        """Write the arrays into the folder that `orl_fast.provenance.new_table` gave; each is synced to disk."""
         for field in fields(self):
-            np.save(folder / f"{field.name}.npy", getattr(self, field.name))
-
-    def save(self, path: Path, info: TableInfo) -> None:
-        """Write the table; atomic."""
-        with new_table(path, info) as folder:
-            self.write_arrays(folder)
+            write_array(folder / f"{field.name}.npy", getattr(self, field.name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,14 +86,18 @@ class BoxTable(_Table):
         return np.diff(self.offsets)
 
     @classmethod
-    def from_lists(cls, boxes: list[NDArray[np.int16]]) -> "BoxTable":
-        """Join per-image [R, 4] arrays."""
+    def from_lists(cls, boxes: Sequence[NDArray[Any]]) -> "BoxTable":
+        """Join per-image [R, 4] arrays of integers.
+
+        Raises:
+            ValueError: a box does not fit into int16.
+        """
         offsets = np.zeros(len(boxes) + 1, np.int64)
         np.cumsum([len(entry) for entry in boxes], out=offsets[1:])
-        return cls(offsets=offsets, boxes=np.concatenate([np.empty((0, 4), np.int16), *boxes], dtype=np.int16, casting="unsafe"))
-
-
-RoiTable = BoxTable
+        joined = np.concatenate([np.empty((0, 4), np.int16), *boxes])
+        if len(joined) and (joined.min() < _INT16.min or joined.max() > _INT16.max):
+            raise ValueError(f"boxes reach from {joined.min()} to {joined.max()}; int16 holds {_INT16.min} to {_INT16.max}")
+        return cls(offsets=offsets, boxes=joined.astype(np.int16))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,28 +120,28 @@ class PairTable(_Table):
     partner_roi: NDArray[np.int16]
     similarities: NDArray[np.float32]
 
-    def limited(self, rois: RoiTable, *, num_neighbors: int, pair_ratio: float, compat: Compat = "official") -> "PairTable":
-        """The table that fewer neighbors and a smaller pair ratio would have given: prefixes of this one.
+    def limited(self, rois: BoxTable, *, num_neighbors: int, pair_ratio: float, variant: Variant) -> "PairTable":
+        """The table that these settings would have given: the first neighbors of each image, and the first pairs with each.
 
         Raises:
-            StaleError: it was mined with fewer neighbors than asked for.
+            StaleError: it was mined with fewer neighbors or pairs than these settings give.
         """
-        found = self.neighbors.shape[1]
-        if num_neighbors > found:
-            needs = f"mined with {found} neighbors, {num_neighbors} are asked for"
-            raise StaleError(f"pairs: {needs}; run orl-fast mine --neighbors {num_neighbors}")
         neighbors, first = np.ascontiguousarray(self.neighbors[:, :num_neighbors]), np.ascontiguousarray(self.first[:, :num_neighbors])
-        wanted = num_pairs(rois.counts[:, None], rois.counts[neighbors], pair_ratio=pair_ratio, compat=compat)
-        count = np.minimum(self.count[:, :num_neighbors], wanted).astype(np.int32)
-        return replace(self, neighbors=neighbors, first=first, count=count)
+        wanted = num_pairs(rois.counts[:, None], rois.counts[neighbors], pair_ratio=pair_ratio, variant=variant)
+        found = self.count[:, :num_neighbors]
+        if num_neighbors > neighbors.shape[1] or (wanted > found).any():
+            settings = f"{num_neighbors} neighbors and the pair ratio {pair_ratio:g} ({variant}) need more pairs than were mined"
+            remedy = f"run orl-fast mine --neighbors {num_neighbors} --pair-ratio {pair_ratio:g} --variant {variant}"
+            raise StaleError(f"pairs: {settings}, {self.neighbors.shape[1]} neighbors with {self.count.mean():.4g} pairs each; {remedy}")
+        return replace(self, neighbors=neighbors, first=first, count=wanted.astype(np.int32))
 
 
-def num_pairs(num_query: Any, num_partner: Any, *, pair_ratio: float, compat: Compat) -> NDArray[np.int64]:
+def num_pairs(num_query: Any, num_partner: Any, *, pair_ratio: float, variant: Variant) -> NDArray[np.int64]:
     """How many pairs an (image, neighbor) entry keeps: elementwise over RoI counts, at least 1, at most all.
 
     official: max(1, int(ratio * R)); paper (section 3.2): max(1, int(ratio * R * R')).
     """
     query, partner = np.broadcast_arrays(np.asarray(num_query, np.int64), num_partner)
-    base = query if compat == "official" else query * partner
+    base = query if variant == "official" else query * partner
     kept: NDArray[np.int64] = np.clip((pair_ratio * base).astype(np.int64), 1, query * partner)
     return kept

@@ -5,15 +5,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from orl_fast.config import Config, config_to_dict, load_config
+from benchmarks.untrained import write_untrained
+from orl_fast.config import Config
 from orl_fast.demo.scenes import write_scenes
+from orl_fast.mining.pipeline import STEPS, Stage
 from orl_fast.mining.rois import open_boxes
-from orl_fast.mining.stage import STEPS, Stage
-from orl_fast.models.encoder import CHECKPOINT_FORMAT, random_encoder
+from orl_fast.recipe import load_config
 from orl_fast.report.pictures import COLORS, Cell, Grid, draw_grid, pair_grid, save_picture
 from orl_fast.shards import ShardIndex, ShardReader, write_shards
 from orl_fast.tables import BoxTable, PairTable
@@ -38,12 +38,7 @@ def mined(folder: Path, config: Config) -> Stage:
     """Drawn scenes, packed, and mined with the random weights that a run starts from."""
     write_scenes(folder / "scenes", num_scenes=NUM_SCENES, seed=0)
     write_shards([folder / "scenes"], folder / "shards", num_workers=1)
-    encoder = random_encoder(config)
-    values = {
-        "format": CHECKPOINT_FORMAT, "method": "byol", "step": 0, "config": config_to_dict(config), "index": "", "mined": {},
-        "model": {f"online.{key}": value for key, value in encoder.state_dict().items()}, "optimizer": {}, "versions": {},
-    }  # fmt: skip
-    torch.save(values, folder / "checkpoint.pt")
+    write_untrained(folder / "checkpoint.pt", config)
     index = ShardIndex.open(folder / "shards")
     stage = Stage(index=index, folder=folder / "mined", config=config, checkpoint=folder / "checkpoint.pt")
     stage.run(STEPS)

@@ -1,4 +1,4 @@
-"""`orl-fast import`: mined results of the reference, for our training."""
+"""`orl-fast import`: mined results of the reference, for training here."""
 
 from pathlib import Path
 
@@ -14,7 +14,8 @@ def command(what: str, file: Path, shards: Path | None, annotations: Path | None
     """Use WHAT the reference implementation mined, from its JSON FILE, in place of our own tables.
 
     Images are matched by file name. `orl-fast mine` keeps imported tables and makes what is missing; "pairs" (its correspondence file)
-    bring neighbors and RoIs with them, so that training can start. SHARDS is a packed folder [default: the only one below ./shards].
+    includes neighbors and RoIs, so that training can start. The former tables stay beside them, in mined/KIND@FINGERPRINT. SHARDS is a
+    shard folder [default: the only one below ./shards].
     """
     from orl_fast.cli.export import stage_for
     from orl_fast.mining.reference_json import import_neighbors, import_pairs, import_proposals

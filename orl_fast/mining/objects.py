@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orl_fast.coco import read_annotations
 from orl_fast.console import log
 from orl_fast.errors import DataError
 from orl_fast.shards import ShardIndex
@@ -43,34 +43,28 @@ def object_boxes(index: ShardIndex, files: Sequence[Path | None]) -> BoxTable:
     Args:
         files: per source, see `annotation_files`. Images are found by their file names.
     Raises:
-        DataError: a file is damaged, holds no boxes, or knows none of the images.
+        DataError: a file is damaged, none of its boxes can be used, or it lists none of the images.
     """
     boxes: list[NDArray[np.int16]] = [np.empty((0, 4), np.int16)] * len(index)
-    num_odd = 0
+    num_resized = 0
     for source, file in enumerate(files):
         if file is None:
             continue
-        content, by_image = read_json(file), defaultdict(list)
-        try:
-            images = [(image["file_name"], image["id"], (image["width"], image["height"])) for image in content["images"]]
-            for entry in content["annotations"]:
-                if not entry.get("iscrowd", 0):
-                    x, y, w, h = map(float, entry["bbox"])
-                    by_image[entry["image_id"]].append((x, y, w, h))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{file}: is no COCO annotation file with boxes ({error!r}); name another with --annotations FILE") from error
-        rows = rows_of_names(index, [name for name, _, _ in images], source=source)
+        found = read_annotations(file)
+        rows = rows_of_names(index, found.file_names, source=source)
         if not (rows >= 0).any():
             raise DataError(f"{file}: lists none of the packed images; name another with --annotations FILE")
-        for row, (_, image_id, size_px) in zip(rows.tolist(), images, strict=True):
-            if row < 0 or image_id not in by_image:
+        for image, (row, annotated) in enumerate(zip(rows.tolist(), found.sizes_px.tolist(), strict=True)):
+            objects = found.boxes_of(image)
+            if row < 0 or not len(objects):
                 continue
-            if size_px == (index.widths[row], index.heights[row]):
-                boxes[row] = _pixels(np.array(by_image[image_id], np.float64).reshape(-1, 4), *size_px)
+            size_px = [int(index.widths[row]), int(index.heights[row])]
+            if annotated in (size_px, [0, 0]):  # 0: the file has no sizes
+                boxes[row] = _pixels(objects, *size_px)
             else:
-                num_odd += 1
-    if num_odd:
-        log.warning("objects: %d images have another size than annotated (rotated when packed?); each is taken as a whole", num_odd)
+                num_resized += 1
+    if num_resized:
+        log.warning("objects: %d images have another size than annotated (rotated when packed?); each is taken as a whole", num_resized)
     return BoxTable.from_lists(boxes)
 
 
@@ -103,8 +97,8 @@ def read_json(file: Path) -> Any:
         raise DataError(f"{file}: cannot be read as JSON ({error}); give another file") from error
 
 
-def _pixels(boxes_xywh: NDArray[np.float64], width: int, height: int) -> NDArray[np.int16]:
-    """The whole pixels that boxes touch, within the image; boxes without area are left out."""
-    outer = np.concatenate([np.floor(boxes_xywh[:, :2]), np.ceil(boxes_xywh[:, :2] + boxes_xywh[:, 2:])], axis=1)
+def _pixels(boxes: NDArray[np.float64], width: int, height: int) -> NDArray[np.int16]:
+    """The whole pixels that boxes [m, 4] xyxy touch, within the image; boxes without area are left out."""
+    outer = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], axis=1)
     corners: NDArray[np.int16] = np.clip(outer, 0, np.minimum([width, height] * 2, 32767)).astype(np.int16)
-    return np.asarray(corners[(corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])])
+    return np.asarray(corners[(corners[:, 2:] > corners[:, :2]).all(axis=1)])

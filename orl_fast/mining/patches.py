@@ -1,26 +1,26 @@
-"""Partner patches: each RoI that some pair uses as partner, stored once as a small JPEG, so that training need not decode the whole image.
+"""Partner patches: each RoI that some pair uses as partner, stored once as a small JPEG, which saves a second decode during training.
 
 patches-NNNNNN.tar holds {key}.{RoI}.jpg of the images of shard NNNNNN; the table addresses patch p by shard, offset and size.
 """
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from orl_fast.files import write_array
-from orl_fast.mining.parts import Advance, join_arrays, open_part, part_path
+from orl_fast.mining.executor import Executor
+from orl_fast.mining.parts import join_arrays, open_part, part_path
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.shards.images import JPEG_QUALITY
-from orl_fast.shards.workers import run_in_workers
 from orl_fast.shards.writer import new_tar
 from orl_fast.tables import BoxTable, PairTable
-from orl_fast.views.plan import PATCH_SIDE_PX
+from orl_fast.views.patches import PATCH_SIDE_PX
 
 _BLOCK_IMAGES = 1 << 14
 ENTRY = np.dtype([("roi_row", "<i8"), ("offset", "<i8"), ("size", "<i4")])
@@ -38,13 +38,12 @@ def partner_rois(rois: BoxTable, pairs: PairTable) -> NDArray[np.bool_]:
 
 
 def pack_shards(
-    folder: Path, shards: Sequence[int], advance: Advance, *, index: ShardIndex, rois: BoxTable, pairs: PairTable, num_workers: int
-) -> None:
-    """Write patches-NNNNNN.tar and its part of the table for some shards, in worker processes."""
+    folder: Path, shards: Sequence[int], *, index: ShardIndex, rois: BoxTable, pairs: PairTable, executor: Executor
+) -> Iterator[int]:
+    """Write patches-NNNNNN.tar and its part of the table for some shards, in parallel; yield how many images are done."""
     used = partner_rois(rois, pairs)
     tasks = (_task(shard, index.shard_rows(shard), rois, used) for shard in shards)
-    for count in run_in_workers(partial(_pack_shard, folder, index), tasks, num_workers=num_workers):
-        advance(count)
+    yield from executor.map(partial(_pack_shard, folder, index), tasks)
 
 
 def join_patches(folder: Path, *, num_shards: int) -> None:
@@ -56,8 +55,7 @@ def join_patches(folder: Path, *, num_shards: int) -> None:
     join_arrays(folder / "shard.npy", numbers)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Task:
+class _Task(NamedTuple):
     """One shard: per patch its global RoI row, its image, the RoI's number within the image, and its box."""
 
     shard: int
@@ -75,7 +73,7 @@ def _task(shard: int, images: range, rois: BoxTable, used: NDArray[np.bool_]) ->
 
 
 def _pack_shard(folder: Path, index: ShardIndex, task: _Task) -> int:
-    """Write one tar, then its part of the table, which tells the shard is done. Runs in a worker process."""
+    """Write one tar, then its part of the table, which marks the shard as done. Runs in a worker process."""
     entries = np.empty(len(task.roi_rows), ENTRY)
     with new_tar(folder / f"patches-{task.shard:06d}.tar") as add, ShardReader(index) as reader:
         image, decoded = -1, Image.new("RGB", (1, 1))

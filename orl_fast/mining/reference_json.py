@@ -15,23 +15,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.config import MiningConfig
-from orl_fast.errors import DataError
+from orl_fast.errors import DataError, StaleError
 from orl_fast.files import atomic_file
 from orl_fast.mining.objects import annotation_files, read_json, rows_of_names
-from orl_fast.mining.pairs import write_pair_shards
+from orl_fast.mining.pair_shards import write_pair_shards
+from orl_fast.mining.pipeline import IMPORTED, Stage
 from orl_fast.mining.rois import open_boxes, save_shards
-from orl_fast.mining.stage import IMPORTED, Stage
+from orl_fast.provenance import TableInfo, activate, new_table, table_info
 from orl_fast.shards import ShardIndex
-from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, new_table
+from orl_fast.tables import BoxTable, NeighborTable, PairTable
 
 # Their names for our limits.
 _LIMITS = {"bbox_min_size": "min_side_px", "bbox_max_aspect_ratio": "max_aspect", "bbox_max_iou": "max_iou", "intra_bbox_num": "max_rois"}
 
 
-def export_neighbors(stage: Stage, file: Path) -> None:
-    """Write the first `mining.num_neighbors` neighbors of each image."""
+def export_neighbors(stage: Stage, file: Path, *, num_neighbors: int | None = None) -> None:
+    """Write the neighbors of each image: all that the table holds, or the first `num_neighbors`.
+
+    Raises:
+        StaleError: it holds fewer.
+    """
     stage.info("neighbors")
-    neighbors = NeighborTable.open(stage.folder / "neighbors").neighbors[:, : stage.num_neighbors]
+    neighbors = NeighborTable.open(stage.folder / "neighbors").neighbors
+    found = neighbors.shape[1]
+    if (num_neighbors or 0) > found:
+        raise StaleError(f"{stage.folder / 'neighbors'}: holds {found} neighbors, {num_neighbors} are asked for; use --neighbors {found}")
+    neighbors = neighbors[:, :num_neighbors]
     _write(file, stage.index, {"knn_image_num": neighbors.shape[1]}, {"knn_image_id": (row.tolist() for row in neighbors)})
 
 
@@ -50,13 +59,18 @@ def export_proposals(stage: Stage, file: Path) -> None:
         _write_object(out.write, {"bbox": (proposals(row) if row >= 0 else [] for row in rows.tolist())})
 
 
-def export_pairs(stage: Stage, file: Path) -> None:
-    """Write RoIs, neighbors and corresponding RoIs, limited to what the configuration asks for."""
+def export_pairs(stage: Stage, file: Path, *, num_neighbors: int | None = None, pair_ratio: float | None = None) -> None:
+    """Write RoIs, neighbors and corresponding RoIs: all that the tables hold, or fewer neighbors and a smaller ratio.
+
+    Raises:
+        StaleError: they hold fewer than asked for.
+    """
     found, rois_info = stage.info("pairs"), stage.info("rois")
-    rois, mining = BoxTable.open(stage.folder / "rois"), stage.config.mining
-    ratio = min(mining.pair_ratio, found.settings["pair_ratio"])
-    pairs = PairTable.open(stage.folder / "pairs")
-    pairs = pairs.limited(rois, num_neighbors=stage.num_neighbors, pair_ratio=ratio, compat=stage.config.compat)
+    rois, pairs = BoxTable.open(stage.folder / "rois"), PairTable.open(stage.folder / "pairs")
+    ratio = pair_ratio or found.settings["pair_ratio"]
+    if num_neighbors or pair_ratio:
+        limit = num_neighbors or pairs.neighbors.shape[1]
+        pairs = pairs.limited(rois, num_neighbors=limit, pair_ratio=ratio, variant=found.settings["compat"])
 
     def entries(image: int) -> list[list[list[int]]]:
         own = _xywh(rois.of(image))
@@ -66,7 +80,7 @@ def export_pairs(stage: Stage, file: Path) -> None:
             lists.append([own[pairs.query_roi[row]] + theirs[pairs.partner_roi[row]] for row in rows])
         return lists
 
-    limits = {theirs: rois_info.settings.get(ours, getattr(mining, ours)) for theirs, ours in _LIMITS.items()}
+    limits = {theirs: rois_info.settings.get(ours, getattr(stage.config.mining, ours)) for theirs, ours in _LIMITS.items()}
     columns = {
         "bbox": (_xywh(rois.of(image)) for image in range(len(rois))),
         "knn_image_id": (row.tolist() for row in pairs.neighbors),
@@ -80,9 +94,11 @@ def import_neighbors(stage: Stage, file: Path) -> None:
     """Take the neighbors of a file of the reference.
 
     Raises:
-        DataError: the file is damaged, or does not tell everything about the packed images.
+        DataError: the file is damaged or lacks packed images.
     """
-    _save_neighbors(stage, _Results(stage.index, file).neighbors(), _origin(file))
+    neighbors, origin = _Results(stage.index, file).neighbors(), _origin(file)
+    with stage.locked():
+        _save_neighbors(stage, neighbors, origin)
 
 
 def import_proposals(stage: Stage, file: Path) -> None:
@@ -94,8 +110,9 @@ def import_proposals(stage: Stage, file: Path) -> None:
         found = f"{len(lists)} images" if isinstance(lists, list) else "no list of boxes"
         raise DataError(f"{file}: holds {found}, the annotation file lists {len(rows)}; name the right one with --annotations FILE")
     boxes = _boxes(index, [lists[place] for place in _places(rows, len(index)).tolist()], file)
-    with new_table(stage.folder / "proposals", _imported(stage, "proposals", _origin(file))) as folder:
-        save_shards(folder, range(index.num_shards), boxes, index=index)
+    info = _imported(stage, "proposals", _origin(file), order=hashlib.sha256(rows.tobytes()).hexdigest()[:16])
+    with stage.locked():
+        _save(stage, info, lambda folder: list(save_shards(folder, range(index.num_shards), boxes, index=index)))
 
 
 def import_pairs(stage: Stage, file: Path) -> None:
@@ -103,7 +120,7 @@ def import_pairs(stage: Stage, file: Path) -> None:
     index, results, origin = stage.index, _Results(stage.index, file), _origin(file)
     rois, neighbors = _boxes(index, results.column("bbox"), file), results.neighbors()
     if not rois.counts.all():
-        raise DataError(f"{file}: some image has no boxes; the file is not whole")
+        raise DataError(f"{file}: some image has no boxes; the file is incomplete")
     numbers = [{tuple(box): number for number, box in reversed(list(enumerate(_xywh(rois.of(row)))))} for row in range(len(rois))]
     count = np.zeros(neighbors.shape, np.int32)
     found: list[tuple[int, int]] = []
@@ -115,20 +132,24 @@ def import_pairs(stage: Stage, file: Path) -> None:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{file}: pairs of {index.file_names[row]!r} are not pairs of the boxes listed ({error!r})") from error
     if not count.all():
-        raise DataError(f"{file}: some image has no pairs with one of its neighbors; the file is not whole")
+        raise DataError(f"{file}: some image has no pairs with one of its neighbors; the file is incomplete")
     first = np.cumsum(count, dtype=np.int64).reshape(count.shape) - count
     query, partner = np.array(found, np.int16).T
     unknown = np.full(len(query), np.nan, np.float32)
     table = PairTable(neighbors=neighbors, first=first, count=count, query_roi=query, partner_roi=partner, similarities=unknown)
-    told = results.info
-    rois_info = _imported(stage, "rois", origin, **{ours: told[theirs] for theirs, ours in _LIMITS.items() if theirs in told})
-    made_from = (_save_neighbors(stage, neighbors, origin), rois_info)
-    rois.save(stage.folder / "rois", rois_info)
-    ratio = float(told.get("knn_bbox_pair_ratio", MiningConfig().pair_ratio))
-    info = _imported(stage, "pairs", origin, made_from, num_neighbors=neighbors.shape[1], pair_ratio=ratio, compat="official")
-    with new_table(stage.folder / "pairs", info) as folder:
+    limits = {ours: results.info[theirs] for theirs, ours in _LIMITS.items() if theirs in results.info}
+    ratio = float(results.info.get("knn_bbox_pair_ratio", MiningConfig().pair_ratio))
+
+    def write(folder: Path) -> None:
         table.write_arrays(folder)
         write_pair_shards(folder, index=index, rois=rois, pairs=table)
+
+    with stage.locked():
+        rois_info = _imported(stage, "rois", origin, **limits)
+        made_from = (_save_neighbors(stage, neighbors, origin), rois_info)
+        _save(stage, rois_info, rois.write_arrays)
+        settings = {"num_neighbors": neighbors.shape[1], "pair_ratio": ratio, "compat": "official"}
+        _save(stage, _imported(stage, "pairs", origin, made_from, **settings), write)
 
 
 class _Results:
@@ -143,7 +164,7 @@ class _Results:
         try:
             names = [str(name) for name in content["images"]["file_name"]]
         except (KeyError, TypeError) as error:
-            raise DataError(f"{file}: is no file of mined results of the reference (images.file_name is missing)") from error
+            raise DataError(f"{file}: not a file of mined results of the reference (images.file_name is missing)") from error
         self._index, self._file = index, file
         self.info: dict[str, Any] = content.get("info", {})
         self._columns: dict[str, Any] = content.get("pseudo_annotations", {})
@@ -196,10 +217,19 @@ def _imported(stage: Stage, kind: str, origin: str, made_from: Iterable[TableInf
     return TableInfo(kind=kind, made_from=sources, settings={IMPORTED: origin, **settings})
 
 
+def _save(stage: Stage, info: TableInfo, write: Callable[[Path], object]) -> None:
+    """Make an imported table the current one of its kind."""
+    path = stage.folder / info.kind
+    activate(path, info.fingerprint)
+    if table_info(path) is None:
+        with new_table(path, info) as folder:
+            write(folder)
+
+
 def _save_neighbors(stage: Stage, neighbors: NDArray[np.int64], origin: str) -> TableInfo:
     info = _imported(stage, "neighbors", origin, num_neighbors=neighbors.shape[1])
-    similarities = np.full(neighbors.shape, np.nan, np.float32)  # the file tells none
-    NeighborTable(neighbors=neighbors, similarities=similarities).save(stage.folder / "neighbors", info)
+    similarities = np.full(neighbors.shape, np.nan, np.float32)  # the file has none
+    _save(stage, info, NeighborTable(neighbors=neighbors, similarities=similarities).write_arrays)
     return info
 
 
@@ -212,7 +242,7 @@ def _annotated_order(index: ShardIndex, annotations: Path | None) -> NDArray[np.
         try:
             names = [image["file_name"] for image in read_json(file)["images"]] if file else []
         except (KeyError, TypeError) as error:
-            raise DataError(f"{file}: is no COCO annotation file ({error!r}); name another with --annotations FILE") from error
+            raise DataError(f"{file}: not a COCO annotation file ({error!r}); name another with --annotations FILE") from error
         listed = rows_of_names(index, names, source=source)
         parts += [listed, np.setdiff1d(np.flatnonzero(index.sources == source), listed)]
     return np.concatenate(parts)

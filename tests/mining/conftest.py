@@ -1,6 +1,12 @@
-import pytest
-from mining_world import CONFIG, NUM_IMAGES, SHARD_SIZE, World, draw_scene, save_checkpoint
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
+from mining_world import ALL, CONFIG, NUM_IMAGES, SHARD_SIZE, World, draw_scene, mine, save_checkpoint
+
+from orl_fast.console import log
 from orl_fast.shards import write_shards
 
 
@@ -14,3 +20,33 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_shards([images], folder / "shards" / "scenes", shard_size=SHARD_SIZE, num_workers=1)
     checkpoint = save_checkpoint(folder / "runs" / "scenes" / "byol" / "checkpoint.pt", CONFIG)
     return World(folder=folder, images=images, shards=folder / "shards" / "scenes", checkpoint=checkpoint, config=CONFIG)
+
+
+@pytest.fixture(scope="session")
+def mined(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All tables of the world; not to be changed."""
+    folder = tmp_path_factory.mktemp("mined")
+    mine(world, folder, ALL)
+    return folder
+
+
+@pytest.fixture
+def copy(mined: Path, tmp_path: Path) -> Path:
+    """A copy of the mined tables, to be changed."""
+    for table in mined.iterdir():
+        if table.is_dir():
+            shutil.copytree(table, tmp_path / table.name)
+    return tmp_path
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What is logged during a test, from INFO on."""
+    found: list[str] = []
+    handler, level = logging.Handler(), log.level
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    log.setLevel("INFO")
+    yield found
+    log.removeHandler(handler)
+    log.setLevel(level)

@@ -1,19 +1,18 @@
 """Ground-truth boxes in place of proposals."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from mining_world import CONFIG, World, draw_scene
+from mining_world import World, draw_scene, with_mining
 
 from orl_fast.errors import DataError
-from orl_fast.mining.stage import Stage
+from orl_fast.mining.pipeline import Stage
 from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable
 
-CONFIG_OBJECTS = replace(CONFIG, mining=replace(CONFIG.mining, proposals="coco-annotations", min_side_px=4))
+CONFIG_OBJECTS = with_mining(proposals="coco-annotations", min_side_px=4)
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def test_objects_become_rois_and_images_without_any_are_taken_whole(coco: tuple[
     assert rois.of(4).tolist() == [[40, 30, *whole[4].tolist()]]
 
 
-def test_a_changed_annotation_file_makes_proposals_anew(coco: tuple[Path, ShardIndex], world: World, tmp_path: Path):
+def test_a_changed_annotation_file_makes_new_proposals(coco: tuple[Path, ShardIndex], world: World, tmp_path: Path):
     file, index = coco
     stage = Stage(index=index, folder=tmp_path / "mined", config=CONFIG_OBJECTS, checkpoint=world.checkpoint)
     stage.run(["proposals", "rois"])
@@ -67,7 +66,7 @@ def test_a_changed_annotation_file_makes_proposals_anew(coco: tuple[Path, ShardI
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"images": []}, "no COCO annotation file with boxes"),
+        ({"images": []}, "not a COCO-style annotation file"),
         ({"images": [], "annotations": []}, "none of the packed images"),
         ("[", "JSON"),
     ],
@@ -79,6 +78,19 @@ def test_files_without_boxes_are_refused(content, message: str, coco: tuple[Path
     stage = Stage(index=index, folder=tmp_path / "mined", config=CONFIG_OBJECTS, checkpoint=world.checkpoint, annotations=file)
     with pytest.raises(DataError, match=message):
         stage.run(["proposals"])
+
+
+def test_ids_written_as_text_are_joined_and_odd_entries_skipped(coco: tuple[Path, ShardIndex], world: World, tmp_path: Path):
+    """Formerly no boxes were found for ids of the other type, and one odd entry cost the whole file."""
+    file, index = coco
+    content = json.loads(file.read_text())
+    for entry in content["annotations"]:
+        entry["image_id"] = str(entry["image_id"])
+    content["annotations"] += [{"image_id": 100, "bbox": []}, {"image_id": 7, "bbox": [1, 1, 5, 5]}, {"image_id": 100}]
+    file.write_text(json.dumps(content))
+    stage = Stage(index=index, folder=tmp_path / "mined", config=CONFIG_OBJECTS, checkpoint=world.checkpoint)
+    stage.run(["proposals", "rois"])
+    assert BoxTable.open(tmp_path / "mined" / "rois").of(0).tolist() == [[3, 4, 23, 14], [30, 20, 39, 29]]
 
 
 def test_folders_without_an_annotation_file_say_so(world: World, tmp_path: Path):

@@ -1,7 +1,8 @@
-"""The reference's JSON files: their form, the way there and back, and what is refused."""
+"""The reference's JSON files: their form, the round trip, and what is refused."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from mining_world import CONFIG, NUM_IMAGES, World
 from orl_fast.cli.export import command as export
 from orl_fast.cli.import_ import command as import_
 from orl_fast.cli.mine import command as mine
-from orl_fast.errors import DataError
+from orl_fast.errors import DataError, StaleError
+from orl_fast.mining.pipeline import STEPS, Stage
 from orl_fast.mining.reference_json import (
     export_neighbors,
     export_pairs,
@@ -22,7 +24,7 @@ from orl_fast.mining.reference_json import (
     import_proposals,
 )
 from orl_fast.mining.rois import open_boxes
-from orl_fast.mining.stage import STEPS, Stage
+from orl_fast.provenance import find_table, table_info
 from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, NeighborTable, PairTable
 
@@ -43,7 +45,7 @@ def xywh(boxes):
     return [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in boxes.tolist()]
 
 
-def test_pairs_go_there_and_back(stage: Stage, fresh: Stage, tmp_path: Path):
+def test_pairs_make_the_round_trip(stage: Stage, fresh: Stage, tmp_path: Path):
     export_pairs(stage, tmp_path / "pairs.json")
     content = json.loads((tmp_path / "pairs.json").read_text())
     rois, pairs = BoxTable.open(stage.folder / "rois"), PairTable.open(stage.folder / "pairs")
@@ -71,7 +73,38 @@ def test_pairs_go_there_and_back(stage: Stage, fresh: Stage, tmp_path: Path):
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "pairs.json").read_bytes()
 
 
-def test_neighbors_and_proposals_go_there_and_back_and_are_kept(stage: Stage, fresh: Stage, tmp_path: Path):
+def test_exports_hold_what_the_tables_hold(stage: Stage, fresh: Stage, tmp_path: Path):
+    """Whatever the configuration of the checkpoint at hand asks for: 3 neighbors and a ratio of 0.3 here."""
+    export_pairs(stage, tmp_path / "few.json", num_neighbors=1, pair_ratio=0.1)
+    import_pairs(fresh, tmp_path / "few.json")
+    export_pairs(fresh, tmp_path / "again.json")
+    export_neighbors(fresh, tmp_path / "neighbors.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "few.json").read_bytes()
+    info = json.loads((tmp_path / "again.json").read_text())["info"]
+    assert (info["knn_image_num"], info["knn_bbox_pair_ratio"]) == (1, 0.1)
+    assert json.loads((tmp_path / "neighbors.json").read_text())["info"] == {"knn_image_num": 1}
+    with pytest.raises(StaleError, match="1 neighbors"):
+        export_pairs(fresh, tmp_path / "more.json", num_neighbors=2)
+    with pytest.raises(StaleError, match="holds 1 neighbors, 2 are asked for"):
+        export_neighbors(fresh, tmp_path / "more.json", num_neighbors=2)
+    with pytest.raises(StaleError, match=r"the pair ratio 0.5 \(official\) need more pairs than were mined"):
+        export_pairs(fresh, tmp_path / "more.json", pair_ratio=0.5)
+    assert not (tmp_path / "more.json").exists()
+
+
+def test_imports_keep_the_former_tables_and_are_made_once(stage: Stage, fresh: Stage, tmp_path: Path):
+    export_pairs(stage, tmp_path / "pairs.json")
+    fresh.run(STEPS)
+    own = {kind: table_info(fresh.folder / kind).fingerprint for kind in ("neighbors", "rois", "pairs")}
+    import_pairs(fresh, tmp_path / "pairs.json")
+    for kind, fingerprint in own.items():
+        assert find_table(fresh.folder, kind, fingerprint) == fresh.folder / f"{kind}@{fingerprint}"
+    times = {path: path.stat().st_mtime_ns for path in fresh.folder.rglob("*.*") if path.parent != fresh.folder}
+    import_pairs(fresh, tmp_path / "pairs.json")
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_neighbors_and_proposals_make_the_round_trip_and_are_kept(stage: Stage, fresh: Stage, tmp_path: Path):
     export_neighbors(stage, tmp_path / "neighbors.json")
     export_proposals(stage, tmp_path / "proposals.json")
     content = json.loads((tmp_path / "neighbors.json").read_text())
@@ -124,6 +157,12 @@ def test_proposals_follow_the_annotation_file(world: World, stage: Stage, tmp_pa
     assert xywh(open_boxes(other.folder / "proposals", 0).of(0)) == lists[0]
     export_proposals(other, tmp_path / "again.json")
     assert json.loads((tmp_path / "again.json").read_text())["bbox"] == lists
+    before = table_info(other.folder / "proposals")
+    alike = [names.index(f"scene{i:03d}.jpg") for i in (3, 4)]
+    images[alike[0]], images[alike[1]] = images[alike[1]], images[alike[0]]
+    (tmp_path / "other.json").write_text(json.dumps({"images": images, "annotations": []}))
+    import_proposals(replace(other, annotations=tmp_path / "other.json"), tmp_path / "annotated.json")  # the same file in another order
+    assert table_info(other.folder / "proposals") != before
 
 
 @pytest.mark.parametrize(
@@ -136,7 +175,7 @@ def test_proposals_follow_the_annotation_file(world: World, stage: Stage, tmp_pa
         (lambda c: c["pseudo_annotations"]["knn_image_id"][5].pop(), "does not hold K positions"),
         (lambda c: c["pseudo_annotations"]["knn_bbox_pair"][5].__setitem__(1, []), "no pairs with one of its neighbors"),
         (lambda c: c["pseudo_annotations"].pop("bbox"), r"pseudo_annotations.bbox is missing"),
-        (lambda c: c.pop("images"), "is no file of mined results"),
+        (lambda c: c.pop("images"), "not a file of mined results"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_are_refused_and_leave_nothing(change, message: str, stage: Stage, fresh: Stage, tmp_path: Path):

@@ -5,60 +5,25 @@ import os
 import subprocess
 import sys
 import tarfile
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from mining_world import CONFIG, NUM_IMAGES, World, save_checkpoint
+from mining_world import ALL, CONFIG, NUM_IMAGES, World, files_of, mine, save_checkpoint, with_mining
 from PIL import Image
 
 from orl_fast.boxes import filter_proposals
 from orl_fast.cli.mine import command
-from orl_fast.config import Config
-from orl_fast.errors import MissingStageError, StaleError
-from orl_fast.mining.parts import Share
+from orl_fast.errors import DataError, MissingStageError, StaleError
+from orl_fast.mining.pipeline import Stage
+from orl_fast.mining.reference_json import export_neighbors, import_neighbors
 from orl_fast.mining.rois import open_boxes
-from orl_fast.mining.stage import STEPS, Stage
+from orl_fast.provenance import table_info
 from orl_fast.shards import ShardReader, write_shards
-from orl_fast.tables import BoxTable, NeighborTable, PairTable, table_info
-from orl_fast.views.sources import PatchStore
-
-ALL = (*STEPS, "patches")
-
-
-def mine(world: World, folder: Path, steps=STEPS, *, config: Config = CONFIG, checkpoint: Path | None = None) -> Stage:
-    stage = Stage(index=world.index, folder=folder, config=config, checkpoint=checkpoint or world.checkpoint)
-    stage.run(steps)
-    return stage
-
-
-def with_mining(**changes) -> Config:
-    return replace(CONFIG, mining=replace(CONFIG.mining, **changes))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "mine.log")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-@pytest.fixture(scope="module")
-def mined(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mined")
-    mine(world, folder, ALL)
-    return folder
-
-
-@pytest.fixture
-def copy(mined: Path, tmp_path: Path) -> Path:
-    """A copy of the mined tables, to be changed."""
-    for name, data in files_of(mined).items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data)
-    return tmp_path
+from orl_fast.tables import BoxTable, NeighborTable, PairTable
+from orl_fast.views.patches import PatchStore
 
 
 def test_tables_follow_from_one_another(world: World, mined: Path):
@@ -129,9 +94,9 @@ def test_patches_are_the_partner_rois_each_once(world: World, mined: Path):
 
 
 def test_a_second_run_has_nothing_to_do(world: World, copy: Path):
-    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != "mine.log"}
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name not in ("mine.log", ".lock")}
     mine(world, copy, ALL)
-    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != "mine.log"} == before
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name not in ("mine.log", ".lock")} == before
 
 
 def test_fewer_neighbors_and_pairs_are_served_and_more_reuse_features(world: World, copy: Path):
@@ -145,7 +110,7 @@ def test_fewer_neighbors_and_pairs_are_served_and_more_reuse_features(world: Wor
     more = PairTable.open(copy / "pairs")
     assert more.neighbors.shape == (NUM_IMAGES, 5)
     assert {name: (copy / name).stat().st_mtime_ns for name in kept} == times
-    less = more.limited(BoxTable.open(copy / "rois"), num_neighbors=3, pair_ratio=0.3)
+    less = more.limited(BoxTable.open(copy / "rois"), num_neighbors=3, pair_ratio=0.3, variant="official")
     np.testing.assert_array_equal(less.neighbors, whole.neighbors)
     for i in range(NUM_IMAGES):
         for k in range(3):
@@ -154,7 +119,7 @@ def test_fewer_neighbors_and_pairs_are_served_and_more_reuse_features(world: Wor
             assert less.similarities[a].tolist() == whole.similarities[b].tolist()
 
 
-def test_what_is_stale_or_missing_is_refused_with_the_command_that_mends_it(world: World, copy: Path, tmp_path: Path):
+def test_what_is_stale_or_missing_is_refused_with_the_command_that_fixes_it(world: World, copy: Path, tmp_path: Path):
     other = save_checkpoint(tmp_path / "other.pt", CONFIG, seed=1)
     with pytest.raises(StaleError, match=r"features: made from encoder .* run orl-fast mine features"):
         mine(world, copy, ["neighbors"], checkpoint=other)
@@ -191,7 +156,7 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from mining_world import CONFIG
-from orl_fast.mining.stage import STEPS, Stage
+from orl_fast.mining.pipeline import STEPS, Stage
 from orl_fast.shards import ShardIndex
 
 folder = Path({folder!r})
@@ -229,13 +194,67 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bytes(world: World, mined
     assert files_of(folder) == files_of(mined)
 
 
-def test_two_that_share_the_shards_make_the_same_tables(world: World, mined: Path, tmp_path: Path):
-    barrier = threading.Barrier(2, timeout=60)
-    shares = [Share(rank=rank, world_size=2, barrier=lambda: (barrier.wait(), None)[1]) for rank in range(2)]
-    stages = [Stage(index=world.index, folder=tmp_path, config=CONFIG, checkpoint=world.checkpoint, share=share) for share in shares]
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda stage: stage.run(ALL), stages))
-    assert files_of(tmp_path) == files_of(mined)
+# Holds the folder as a run of `mine` does, until its input ends.
+HOLDER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from mining_world import CONFIG
+from orl_fast.mining.pipeline import Stage
+from orl_fast.shards import ShardIndex
+
+index = ShardIndex.open(Path({shards!r}))
+with Stage(index=index, folder=Path({folder!r}), config=CONFIG, checkpoint=Path("none")).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_mines_or_imports_into_a_folder(world: World, mined: Path, tmp_path: Path, messages: list[str]):
+    """A process that was refused must not open the way for a third one."""
+    folder = tmp_path / "mined"
+    done = Stage(index=world.index, folder=mined, config=CONFIG, checkpoint=world.checkpoint)
+    export_neighbors(done, tmp_path / "neighbors.json")
+    script = HOLDER.format(tests=str(Path(__file__).parent), shards=str(world.shards), folder=str(folder))
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        try:
+            assert holder.stdout.readline() == "held\n"
+            before = sorted(path.name for path in folder.iterdir())
+            assert "mine.log" in before
+            for _ in range(3):
+                with pytest.raises(DataError, match=r"orl-fast mine or import .* is writing here"):
+                    mine(world, folder)
+                with pytest.raises(DataError, match=r"orl-fast mine or import .* is writing here"):
+                    import_neighbors(replace(done, folder=folder), tmp_path / "neighbors.json")
+            assert sorted(path.name for path in folder.iterdir()) == before
+        finally:
+            holder.kill()
+    mine(world, folder, ALL)
+    assert files_of(folder) == files_of(mined)
+    assert all(message in (folder / "mine.log").read_text() for message in messages)
+
+
+def test_images_beyond_what_boxes_hold_are_reported_once(world: World, tmp_path: Path, messages: list[str]):
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate([(32_900, 24), (64, 64), (24, 32_768)]):
+        Image.new("RGB", size, (i * 90, 90, 90)).save(tmp_path / "photos" / f"{i}.jpg")
+    write_shards([tmp_path / "photos"], tmp_path / "shards", num_workers=1)
+    mine(replace(world, shards=tmp_path / "shards"), tmp_path / "mined", ["proposals", "rois"], config=with_mining(max_aspect=9999.0))
+    assert len([message for message in messages if "2 images have a side over 32767 px" in message]) == 1
+    rois = BoxTable.open(tmp_path / "mined" / "rois")
+    assert [rois.of(i).tolist() for i in (0, 2)] == [[[0, 0, 32_767, 24]], [[0, 0, 24, 32_767]]]
+
+
+@pytest.mark.parametrize(("step", "warned"), [(3, True), (4, False)])
+def test_a_checkpoint_whose_training_is_not_finished_is_reported(
+    step: int, warned: bool, world: World, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(world.folder)
+    checkpoint = save_checkpoint(tmp_path / "checkpoint.pt", CONFIG, step=step, num_steps=4)
+    done = CliRunner().invoke(command, ["features", "scenes", "--out", str(tmp_path / "mined"), "--checkpoint", str(checkpoint)])
+    assert done.exit_code == 0, done.output
+    assert any("its training is not finished, step 3 of 4" in message for message in messages) == warned
 
 
 def test_command_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

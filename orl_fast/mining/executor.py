@@ -1,0 +1,99 @@
+"""Where mining runs: an executor maps functions over shard tasks, so that the steps know neither processes nor ranks.
+
+A task reads whole files and writes whole files. Functions, workers and tasks can be pickled, so an executor may run them in other processes
+or on other machines that see the same files. Another executor is a subclass in a file of its own and a line in EXECUTORS.
+"""
+
+import datetime
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from orl_fast.errors import OrlFastError
+from orl_fast.shards.workers import run_in_workers
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+# Opened once for many tasks: (tasks, device, number of threads) → results, as they come.
+Worker = Callable[[Iterable[Task], torch.device, int], Iterator[Result]]
+
+
+class Executor(ABC):
+    """Maps work over tasks. Every process that mines runs the same steps; the defaults are those of a single one.
+
+    Attributes:
+        device: where this process computes itself. num_workers: its processes, or threads.
+        is_main: whether this process decides, joins and reports.
+        num_shares: among how many processes the shards are divided.
+    """
+
+    is_main = True
+    num_shares = 1
+
+    def __init__(self, *, device: torch.device | None = None, num_workers: int = 1) -> None:
+        self.device, self.num_workers = device or torch.device("cpu"), num_workers
+
+    @abstractmethod
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Yield function(task) of each task, in any order: for work on the CPU."""
+
+    @abstractmethod
+    def map_on_devices(self, worker: Worker[Task, Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Yield the results of all tasks, in any order, from one worker on each device: for encoders, which are slow to open."""
+
+    def own(self, shards: Sequence[int]) -> Sequence[int]:
+        """Those of the shards that this process is responsible for."""
+        return shards
+
+    def decide(self, function: Callable[[], Result]) -> Result:
+        """function() as the main process computes it, known to all: its result, or the OrlFastError that it raised."""
+        return function()
+
+    def barrier(self) -> None:
+        """Return when every process has called it."""
+        return None
+
+
+class Processes(Executor):
+    """Worker processes on this machine; device work in this process."""
+
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        return run_in_workers(function, tasks, num_workers=self.num_workers)
+
+    def map_on_devices(self, worker: Worker[Task, Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        return worker(tasks, self.device, self.num_workers)
+
+
+class Torchrun(Processes):
+    """The ranks of torchrun, each with its processes and its device. They wait for one another for days if need be."""
+
+    def __init__(self, *, device: torch.device | None = None, num_workers: int = 1) -> None:
+        super().__init__(device=device, num_workers=num_workers)
+        self._group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+        self._rank, self.num_shares = dist.get_rank(), dist.get_world_size()
+        self.is_main = self._rank == 0
+
+    def own(self, shards: Sequence[int]) -> Sequence[int]:
+        return shards[self._rank :: self.num_shares]
+
+    def decide(self, function: Callable[[], Result]) -> Result:
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except OrlFastError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        decided: Result = outcome[0]
+        return decided
+
+    def barrier(self) -> None:
+        dist.barrier(self._group)
+
+
+EXECUTORS: dict[str, Callable[..., Executor]] = {"processes": Processes, "torchrun": Torchrun}
