@@ -1,111 +1,108 @@
-"""`orl-fast eval`: score a backbone."""
+"""`orl-fast eval NAME`: evaluate a backbone. The options of a command are the fields of its evaluation's `Options`."""
 
+import difflib
+import importlib
+import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, get_args
 
 import click
+from pydantic.fields import FieldInfo
 
-if TYPE_CHECKING:
-    from orl_fast.evals import LabelledFeatures
-    from orl_fast.train.distributed import DeviceChoice
+from orl_fast.evals import EVALS
 
-_NAMES = {"top1": "top-1", "mean_class_accuracy": "mean per class", "chance": "chance"}
+_FLAGS = {"num_neighbors": "neighbors", "size_px": "size"}  # a field's name, where its option has another
 
 
-@click.command()
-@click.argument("kind", type=click.Choice(["probe", "knn"]))
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("data", type=click.Path(path_type=Path), required=False)
-@click.option("--annotations", type=click.Path(path_type=Path), help="COCO-style annotation file: its boxes are the objects.")
-@click.option("--images", type=click.Path(path_type=Path), help="Where that file's images lie.")
-@click.option("--test", type=click.Path(path_type=Path), help="Test data like DATA [default: a part of DATA is held out].")
-@click.option("--test-images", type=click.Path(path_type=Path), help="Where the images of a test annotation file lie.")
-@click.option("--held-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.3, show_default=True, help="That part.")
-@click.option("--random-init", is_flag=True, help="Also score the same backbone untrained.")
-@click.option("--size", "size_px", type=click.IntRange(min=8), help="Side of the encoded views, px [default: as in mining].")
-@click.option("--cost", type=click.FloatRange(0, min_open=True), help="probe: scikit-learn's C [default: chosen by validation].")
-@click.option("--neighbors", type=click.IntRange(min=1), default=20, show_default=True, help="knn: how many vote.")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=0.07, show_default=True, help="knn: of the votes.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the held-out part and the validation.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads that read and render [default: one per core].")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Also write the values to this file.")
-def command(
-    kind: str,
-    checkpoint: Path,
-    data: Path | None,
-    annotations: Path | None,
-    images: Path | None,
-    test: Path | None,
-    test_images: Path | None,
-    held_out: float,
-    random_init: bool,
-    size_px: int | None,
-    cost: float | None,
-    neighbors: int,
-    temperature: float,
-    seed: int,
-    workers: int | None,
-    device: "DeviceChoice",
-    json_file: Path | None,
-) -> None:
-    """Score the frozen backbone of CHECKPOINT (checkpoint.pt or its run folder) on labelled DATA.
+class _Evals(click.Group):
+    """Loads an evaluation only when it is used."""
 
-    \b
-    probe   logistic regression on standardized features
-    knn     weighted nearest neighbors by cosine similarity
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(EVALS)
 
-    DATA is a folder with one subfolder of images per class, or a COCO folder or annotation file, whose ground-truth boxes are cut out and
-    labelled by category. Parts are held out by image, so that no image is learnt from and tested on. Unreadable images are skipped.
-    """
-    source = data or annotations
-    if source is None or (data is not None and annotations is not None):
-        raise click.UsageError("give either DATA or --annotations FILE")
-    from orl_fast.evals import encode_labelled, knn, linear_probe, open_labelled, split_by_image, with_test
-    from orl_fast.files import write_json
-    from orl_fast.models import load_encoder
-    from orl_fast.models.encoder import random_encoder
-    from orl_fast.train.distributed import process_group
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return _command(cmd_name) if cmd_name in EVALS else None
 
-    encoder = load_encoder(checkpoint)
-    objects = open_labelled(source, images=images)
-    if test:
-        labelled = with_test(objects, open_labelled(test, images=test_images))
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        near = difflib.get_close_matches(args[0], EVALS, n=1) if args and args[0] not in EVALS else []
+        if near:
+            ctx.fail(f"No such evaluation {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Evaluations"):
+            formatter.write_dl(list(EVALS.items()))
+
+
+@click.group(cls=_Evals)
+def command() -> None:
+    """Evaluate the frozen backbone of a checkpoint. The values are printed, and appended to evals.jsonl beside the checkpoint."""
+
+
+def _command(name: str) -> click.Command:
+    module: Any = importlib.import_module(f"orl_fast.evals.{name.replace('-', '_')}")
+    fields: dict[str, FieldInfo] = module.Options.model_fields
+    common = [
+        click.Argument(["checkpoint"], type=click.Path(path_type=Path)),
+        click.Argument(["data"], type=click.Path(path_type=Path), required="annotations" not in fields),
+        *(_option(field, info) for field, info in fields.items()),
+        click.Option(["--random-init"], is_flag=True, help="Also evaluate the same backbone untrained."),
+        click.Option(["--workers"], type=click.IntRange(min=1), help="Threads that read and render [default: one per core]."),
+        click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.Option(["--json", "json_file"], type=click.Path(path_type=Path, dir_okay=False), help="Also write the records to this file."),
+    ]
+
+    def callback(checkpoint: Path, data: Path | None, **values: Any) -> None:
+        chosen = {field: values.pop(field) for field in fields}
+        source = data or chosen.get("annotations")
+        if source is None or (data is not None and chosen.get("annotations") is not None):
+            raise click.UsageError("give either DATA or --annotations FILE")
+        _run(name, module, checkpoint, source, chosen, **values)
+
+    text = f"{module.__doc__.strip()}\n\n{inspect.getdoc(module.Options)}\n\nCHECKPOINT is checkpoint.pt or the run folder that holds it."
+    return click.Command(name, params=common, callback=callback, help=text, short_help=EVALS[name])
+
+
+def _option(name: str, info: FieldInfo) -> click.Option:
+    """A field as an option: its type, limits, default and description."""
+    kinds = [kind for kind in get_args(info.annotation) if kind is not type(None)] or [info.annotation]
+    limits = {type(limit).__name__: getattr(limit, type(limit).__name__.lower()) for limit in info.metadata}
+    low, high = limits.get("Ge", limits.get("Gt")), limits.get("Le", limits.get("Lt"))
+    bounds: dict[str, Any] = {"min": low, "max": high, "min_open": "Gt" in limits, "max_open": "Lt" in limits}
+    kind: Any
+    if isinstance(kinds[0], str):
+        kind = click.Choice(kinds)
+    elif kinds[0] is Path:
+        kind = click.Path(path_type=Path)
+    elif kinds[0] in (int, float):
+        kind = (click.IntRange if kinds[0] is int else click.FloatRange)(**bounds)
     else:
-        labelled = split_by_image(objects, held_out=held_out, seed=seed)
-
-    def score(features: "LabelledFeatures") -> dict[str, float]:
-        if kind == "knn":
-            return knn(features.train, features.test, num_neighbors=neighbors, temperature=temperature)
-        return linear_probe(features.train, features.test, cost=cost, seed=seed)
-
-    encoders = {str(checkpoint): encoder} | ({"random initialization": random_encoder(encoder.config)} if random_init else {})
-    with process_group(device) as ranks:
-        found = {}
-        for name, one in encoders.items():
-            threads = workers or ranks.num_threads
-            found[name] = score(encode_labelled(one, labelled, size_px=size_px, device=ranks.device, num_threads=threads))
-    if json_file:
-        write_json(json_file, {"eval": kind, "data": str(source), "test": str(test) if test else None, "seed": seed, "results": found})
-    _show(kind, found)
+        kind = kinds[0]
+    flag = f"--{_FLAGS.get(name, name).replace('_', '-')}"
+    return click.Option([flag, name], type=kind, default=info.default, show_default=info.default is not None, help=info.description)
 
 
-def _show(kind: str, found: dict[str, dict[str, float]]) -> None:
+def _run(
+    name: str, module: Any, checkpoint: Path, data: Path, chosen: dict[str, Any], *, random_init: bool, workers: int | None, device: Any,
+    json_file: Path | None,
+) -> None:  # fmt: skip
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Linear probe" if kind == "probe" else "Nearest neighbors", title_justify="left")
-    table.add_column("backbone", overflow="fold")
-    for heading in _NAMES.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, values in found.items():
-        table.add_row(name, *(f"{100 * values[key]:.1f} %" for key in _NAMES))
-    console = Console(highlight=False)
+    from orl_fast.distributed import process_group
+    from orl_fast.evals import Context
+    from orl_fast.evals.evaluate import evaluate
+    from orl_fast.files import write_json
+
+    with process_group(device) as ranks:
+        context = Context(device=ranks.device, num_threads=workers or ranks.num_threads)
+        records = evaluate(name, checkpoint, data, module.Options(**chosen), context=context, random_init=random_init)
+    if json_file:
+        write_json(json_file, records)
+    table = Table("backbone", *(str(heading) for heading in module.SCORES.values()), title=EVALS[name].rstrip("."), title_justify="left")
+    for record in records:
+        table.add_row(record["backbone"], *(f"{100 * record['values'][key]:.1f} %" for key in module.SCORES))
+    console, values = Console(highlight=False), records[0]["values"]
     console.print(table)
-    first = next(iter(found.values()))
-    settings = f"C = {first['cost']:g}" if kind == "probe" else f"k = {first['num_neighbors']:g}, temperature {first['temperature']:g}"
-    console.print(
-        f"{first['num_train']:g} objects learnt from, {first['num_test']:g} tested, {first['num_classes']:g} classes; "
-        f"{first['num_skipped']:g} unreadable images skipped; {settings}. Chance: always the most frequent class.",
-        soft_wrap=True,
-    )
+    others = ", ".join(f"{key} {value:g}" for key, value in values.items() if key not in module.SCORES)
+    console.print(module.summary(values) if hasattr(module, "summary") else others, soft_wrap=True)

@@ -1,20 +1,28 @@
-"""Evaluations of frozen backbones: labelled data → features → named values."""
+"""Evaluations of frozen backbones, one module each, found by name in `EVALS`. A module defines
 
-from orl_fast.evals.features import Features, LabelledFeatures, encode_labelled, encode_objects
-from orl_fast.evals.knn import knn
-from orl_fast.evals.labels import LabelledData, LabelledObjects, open_labelled, split_by_image, with_test
-from orl_fast.evals.probe import linear_probe
+its docstring   the help of `orl-fast eval NAME`, continued by that of its Options
+Options         a Section; each field is an option of the command, checked as declared: `cost` is --cost, `num_neighbors` --neighbors,
+                `size_px` --size. An option named `annotations` takes the place of DATA
+SCORES          name → heading of the values that are shares, 0 to 1, shown in the table
+run             (encoder, data, options, context) → values by name, which are appended to the run's evals.jsonl
+summary         optional: values → a line below the table; by default the other values
+"""
 
-__all__ = [
-    "Features",
-    "LabelledData",
-    "LabelledFeatures",
-    "LabelledObjects",
-    "encode_labelled",
-    "encode_objects",
-    "knn",
-    "linear_probe",
-    "open_labelled",
-    "split_by_image",
-    "with_test",
-]
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+EVALS = {  # modules of this package, a hyphen standing for an underscore, imported when they are used
+    "probe": "Linear probe: logistic regression on frozen features.",
+    "knn": "Weighted nearest neighbors by cosine similarity.",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Context:
+    """Where an evaluation runs. The encoder is on the device already; threads are for reading and rendering."""
+
+    device: "torch.device"
+    num_threads: int = 1

@@ -1,25 +1,32 @@
-"""Frozen features of labelled objects: read, crop, encode, a block of images at a time."""
+"""Frozen features of labelled objects: image files are read, cropped and encoded, a bounded number at a time."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import ExifTags, Image
 
+from orl_fast.coco import rotate_boxes
+from orl_fast.config import LoaderConfig
 from orl_fast.console import log, progress
-from orl_fast.evals.labels import LabelledData, LabelledObjects
+from orl_fast.encode import bounded, encode
+from orl_fast.evals import Context
+from orl_fast.evals.labels import LabelledOptions, Objects, labelled_data
 from orl_fast.models import Encoder
 from orl_fast.shards.images import BadImage, PackedImage, packed_image
-from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.normalize import normalize
+from orl_fast.views.choose import open_renderer
 from orl_fast.views.plan import ViewPlan, center_crops, roi_crops
 
 BOX_PADDING = 0.1  # of a box's sides, added on each: edges are part of an object's look
 _IMAGES_PER_BLOCK = 64
 _CROPS_PER_BATCH = 256
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,104 +35,150 @@ class Features:
 
     Attributes:
         values: [M, D] float32. labels: [M] int64. images: [M] int64, equal for objects of one image.
-        num_skipped: images that could not be read; their objects are not among the M.
+        num_skipped_images, num_skipped_objects: what is not among them since it could not be used.
     """
 
     values: NDArray[np.float32]
     labels: NDArray[np.int64]
     images: NDArray[np.int64]
-    num_skipped: int
+    num_skipped_images: int = 0
+    num_skipped_objects: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelledFeatures:
-    """Frozen features to learn from and to be scored on."""
+def encode_labelled(encoder: Encoder, data: Path, options: LabelledOptions, context: Context) -> tuple[Features, Features]:
+    """Features to learn from, and to test on."""
 
-    train: Features
-    test: Features
+    def features(objects: Objects) -> Features:
+        device, threads, size_px = context.device, context.num_threads, options.size_px
+        return encode_objects(encoder, objects, size_px=size_px, renderer=options.renderer, device=device, num_threads=threads)
 
-
-def encode_labelled(
-    encoder: Encoder, data: LabelledData, *, size_px: int | None = None, device: torch.device | None = None, num_threads: int = 1
-) -> LabelledFeatures:
-    """Encode both parts of labelled data (see `encode_objects`)."""
-    train, test = (
-        encode_objects(encoder, objects, size_px=size_px, device=device, num_threads=num_threads) for objects in (data.train, data.test)
-    )
-    return LabelledFeatures(train=train, test=test)
+    train, test = labelled_data(data, options, context)
+    return features(train), features(test)
 
 
 def encode_objects(
-    encoder: Encoder, objects: LabelledObjects, *, size_px: int | None = None, device: torch.device | None = None, num_threads: int = 1
+    encoder: Encoder,
+    objects: Objects,
+    *,
+    size_px: int | None = None,
+    renderer: str = "cpu",
+    device: torch.device = _CPU,
+    num_threads: int = 1,
 ) -> Features:
     """Globally average-pooled backbone features of each object, without augmentation.
 
     Whole images are resized and cropped at the center, boxes padded by a tenth, cropped and resized to a square, as stage 2 does it.
-    Images that cannot be decoded are skipped, counted, and told in the log.
+    Boxes of images that EXIF rotates are rotated with them. Images that cannot be decoded, or have another size than annotated, and boxes
+    outside of their images are skipped, counted and logged.
 
     Args:
         size_px: side of the views; by default the size of stage 2's image crops (for images) or RoIs (for boxes).
-        device: where to encode; by default the CPU.
-        num_threads: for reading and rendering.
+        renderer: see `open_renderer`. num_threads: for reading and rendering.
     """
-    device = device or torch.device("cpu")
-    encoder = encoder.to(device)
-    source = _Block()
-    values: list[NDArray[np.float32]] = [np.empty((0, encoder.num_features), np.float32)]
-    kept: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    bad: list[int] = []
-    renderer = CpuRenderer(source, num_threads=num_threads)
+    source = _Files(objects, num_threads)
+    drawn = open_renderer(renderer, source, LoaderConfig(), device=device, num_threads=num_threads)
     try:
-        with ThreadPoolExecutor(num_threads) as pool, progress("encoding", total=len(objects.paths), unit="images") as advance:
-            for positions in _blocks(len(objects.paths)):
-                packed = list(pool.map(_read, [objects.paths[i] for i in positions]))
-                for position, image in zip(positions, packed, strict=True):
-                    if isinstance(image, str):
-                        bad.append(position)
-                        log.warning("%s: skipped, %s", objects.paths[position], image)
-                good = np.array([p for p, image in zip(positions, packed, strict=True) if isinstance(image, PackedImage)], np.int64)
-                source.images = [image for image in packed if isinstance(image, PackedImage)]
-                chosen = np.flatnonzero(np.isin(objects.images, good))
-                for members in np.array_split(chosen, range(_CROPS_PER_BATCH, len(chosen), _CROPS_PER_BATCH)):
-                    if not len(members):
-                        continue
-                    rows = np.searchsorted(good, objects.images[members]).astype(np.int64)
-                    boxes = None if objects.boxes is None else objects.boxes[members]
-                    rendered = renderer.render(_plan(encoder, source.images, rows, boxes, size_px=size_px))
-                    lost = np.isin(rows, rendered.bad_rows)
-                    bad += np.unique(objects.images[members[lost]]).tolist()
-                    values.append(encoder.pooled(normalize(rendered.batches[0].to(device))).float().cpu().numpy())
-                    kept.append(members[~lost])
-                advance(len(positions))
+        with progress("encoding", total=len(objects.paths), unit="images") as advance:
+            plans = ((None, _plan(encoder, source, members, size_px=size_px)) for members in source.blocks(advance))
+            encoded = encode(encoder.to(device).pooled, drawn, plans, batch_size=_CROPS_PER_BATCH, device=device, skip=source.skip)
+            values = [np.empty((0, encoder.num_features), np.float32), *(batch for _, batch in encoded)]
     finally:
-        renderer.close()
-    members = np.concatenate(kept)
-    num_skipped = len(set(bad))
-    return Features(values=np.concatenate(values), labels=objects.labels[members], images=objects.images[members], num_skipped=num_skipped)
+        drawn.close()
+        source.close()
+    kept = source.usable & ~source.skipped[objects.images]
+    return Features(
+        values=np.concatenate(values),
+        labels=objects.labels[kept],
+        images=objects.images[kept],
+        num_skipped_images=objects.num_skipped_images + int(source.skipped.sum()),
+        num_skipped_objects=objects.num_skipped_objects + int(np.sum(~source.usable)),
+    )
 
 
-def pad_boxes(
-    boxes: NDArray[np.float32], *, heights: NDArray[np.int32], widths: NDArray[np.int32], share: float = BOX_PADDING
-) -> NDArray[np.float32]:
-    """Enlarge boxes [M, 4] xyxy by a share of their sides on each side, within their images [M]."""
-    pad_x, pad_y = share * (boxes[:, 2] - boxes[:, 0]), share * (boxes[:, 3] - boxes[:, 1])
-    padded = np.stack([boxes[:, 0] - pad_x, boxes[:, 1] - pad_y, boxes[:, 2] + pad_x, boxes[:, 3] + pad_y], axis=1)
-    limits = np.stack([widths, heights, widths, heights], axis=1)
-    return np.asarray(np.clip(np.rint(padded), 0, limits), np.float32)
+def pad_boxes(boxes: NDArray[np.float32], *, sizes_px: NDArray[np.int32], share: float = BOX_PADDING) -> NDArray[np.float32]:
+    """Enlarge boxes [M, 4] xyxy by a share of their sides on each side, within their images, whose width and height are [M, 2]."""
+    pad = share * (boxes[:, 2:] - boxes[:, :2])
+    padded = np.concatenate([boxes[:, :2] - pad, boxes[:, 2:] + pad], axis=1)
+    return np.asarray(np.clip(np.rint(padded), 0, np.tile(sizes_px, 2)), np.float32)
 
 
-class _Block:
-    """The images of the block at work, as the renderer's source."""
+class _Files:
+    """The images of labelled objects as a renderer's source; those of the present block are held.
 
-    def __init__(self) -> None:
-        self.images: Sequence[PackedImage] = []
+    Attributes:
+        boxes: those of the objects, in upright images as far as they have been read. sizes_px: [N, 2] width and height of these.
+        skipped: [N] images that cannot be used. usable: [M] False for objects outside of their image.
+    """
 
-    def view(self, i: int) -> NDArray[np.uint8]:
-        return np.frombuffer(self.images[i].jpeg, np.uint8)
+    def __init__(self, objects: Objects, num_threads: int) -> None:
+        self.objects, self.boxes = objects, None if objects.boxes is None else objects.boxes.copy()
+        self.sizes_px = np.zeros((len(objects.paths), 2), np.int32)
+        self.skipped, self.usable = np.zeros(len(objects.paths), np.bool_), np.ones(len(objects), np.bool_)
+        self._jpegs: dict[int, NDArray[np.uint8]] = {}
+        self._pool = ThreadPoolExecutor(num_threads)
+
+    def views(self, rows: NDArray[np.int64], /) -> list[NDArray[np.uint8]]:
+        return [self._jpegs[row] for row in rows.tolist()]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def skip(self, rows: NDArray[np.int64], reason: str = "cannot be decoded") -> None:
+        for row in np.unique(rows).tolist():
+            log.warning("%s: skipped, %s", self.objects.paths[row], reason)
+        self.skipped[rows] = True
+
+    def blocks(self, advance: Callable[[int], None]) -> Iterator[NDArray[np.int64]]:
+        """Read images block by block; gives the objects of each."""
+        paths, num_objects = self.objects.paths, np.bincount(self.objects.images, minlength=len(self.objects.paths))
+        num_rotated = 0
+        for start in range(0, len(paths), _IMAGES_PER_BLOCK):
+            block = range(start, min(start + _IMAGES_PER_BLOCK, len(paths)))
+            num_bytes, orientations = np.array(list(self._pool.map(_header, paths[start : block.stop]))).T
+            for images in bounded(block, num_crops=num_objects[block], num_bytes=num_bytes, max_crops=_CROPS_PER_BATCH):
+                self._jpegs.clear()
+                for image, found in zip(images, self._pool.map(_read, paths[images.start : images.stop]), strict=True):
+                    num_rotated += self._take(image, found, orientation=int(orientations[image - start]))
+                first, last = np.searchsorted(self.objects.images, [images.start, images.stop])
+                members = np.arange(first, last)
+                members = members[self.usable[first:last] & ~self.skipped[self.objects.images[first:last]]]
+                if len(members):
+                    yield members
+            advance(len(block))
+        if num_rotated:
+            log.warning("%d images are stored rotated (EXIF): their boxes are rotated with them", num_rotated)
+        if num_outside := int(np.sum(~self.usable)):
+            log.warning("%d boxes lie outside of their images: skipped", num_outside)
+
+    def _take(self, image: int, found: PackedImage | str, *, orientation: int) -> bool:
+        """Hold an image, and place its boxes; says whether they had to be rotated."""
+        if isinstance(found, str):
+            self.skip(np.array([image]), found)
+            return False
+        self._jpegs[image] = np.frombuffer(found.jpeg, np.uint8)
+        self.sizes_px[image] = width, height = found.width, found.height
+        if self.boxes is None or self.objects.sizes_px is None:
+            return False
+        members = slice(*np.searchsorted(self.objects.images, [image, image + 1]))
+        stored, annotated = (height, width) if orientation >= 5 else (width, height), tuple(self.objects.sizes_px[image].tolist())
+        rotated = orientation > 1 and annotated in (stored, (0, 0))  # else they are annotated upright
+        if rotated:
+            self.boxes[members] = rotate_boxes(self.boxes[members], orientation=orientation, size_px=stored)
+        elif annotated not in ((width, height), (0, 0)):
+            self.skip(np.array([image]), f"{width} × {height} px, annotated as {annotated[0]} × {annotated[1]} px")
+        inside = np.clip(self.boxes[members], 0, [width, height] * 2)
+        self.usable[members] = (inside[:, 2:] - inside[:, :2]).min(axis=1, initial=np.inf) >= 1
+        return rotated
 
 
-def _blocks(count: int) -> Iterator[range]:
-    return (range(start, min(start + _IMAGES_PER_BLOCK, count)) for start in range(0, count, _IMAGES_PER_BLOCK))
+def _header(path: Path) -> tuple[int, int]:
+    """Bytes when decoded, and EXIF orientation; `_read` gives the reason if it is not an image."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
+            return 3 * image.width * image.height, orientation if orientation in range(2, 9) else 1
+    except Exception:
+        return 0, 1
 
 
 def _read(path: Path) -> PackedImage | str:
@@ -136,14 +189,11 @@ def _read(path: Path) -> PackedImage | str:
         return str(error)
 
 
-def _plan(
-    encoder: Encoder, images: Sequence[PackedImage], rows: NDArray[np.int64], boxes: NDArray[np.float32] | None, *, size_px: int | None
-) -> ViewPlan:
-    heights = np.array([image.height for image in images], np.int32)
-    widths = np.array([image.width for image in images], np.int32)
-    mining = encoder.config.mining
-    if boxes is None:
+def _plan(encoder: Encoder, source: _Files, members: NDArray[np.int64], *, size_px: int | None) -> ViewPlan:
+    mining, rows = encoder.mining, source.objects.images[members]
+    if source.boxes is None:
         crop_px = size_px or mining.crop_px
         resize_px = round(crop_px * mining.resize_px / mining.crop_px)
-        return center_crops(rows, heights=heights, widths=widths, resize_px=resize_px, crop_px=crop_px)
-    return roi_crops(rows, pad_boxes(boxes, heights=heights[rows], widths=widths[rows]), size_px=size_px or mining.roi_size_px)
+        return center_crops(rows, heights=source.sizes_px[:, 1], widths=source.sizes_px[:, 0], resize_px=resize_px, crop_px=crop_px)
+    boxes = pad_boxes(source.boxes[members], sizes_px=source.sizes_px[rows])
+    return roi_crops(rows, boxes, size_px=size_px or mining.roi_size_px)

@@ -1,12 +1,39 @@
 """Weighted nearest neighbors: how well cosine similarity alone finds objects of the same class."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
+from pydantic import Field
 
-from orl_fast.evals.features import Features
-from orl_fast.evals.probe import check_parts, scores
+from orl_fast.evals import Context
+from orl_fast.evals.features import Features, encode_labelled
+from orl_fast.evals.labels import LabelledOptions
+from orl_fast.evals.probe import SCORES, check_parts, counts, scores
+from orl_fast.models import Encoder
 
+__all__ = ["SCORES", "Options", "knn", "run", "summary"]
 _TEST_BLOCK = 1024
+
+
+class Options(LabelledOptions):
+    __doc__ = LabelledOptions.__doc__
+
+    num_neighbors: int = Field(default=20, ge=1, description="How many vote.")
+    temperature: float = Field(default=0.07, gt=0, description="Of the votes.")
+
+
+def run(encoder: Encoder, data: Path, options: Options, context: Context) -> dict[str, float]:
+    """Encode the labelled objects and let neighbors vote (see `knn`)."""
+    train, test = encode_labelled(encoder, data, options, context)
+    return knn(train, test, num_neighbors=options.num_neighbors, temperature=options.temperature)
+
+
+def summary(values: dict[str, float]) -> str:
+    """A line below the table."""
+    return (
+        f"{counts(values)}; k = {values['num_neighbors']:g}, temperature {values['temperature']:g}. Chance: always the most frequent class."
+    )
 
 
 def knn(train: Features, test: Features, *, num_neighbors: int = 20, temperature: float = 0.07) -> dict[str, float]:

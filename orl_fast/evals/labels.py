@@ -1,29 +1,52 @@
 """Labelled data for evaluations: folders with one subfolder per class, and COCO-style annotations, whose boxes are the objects."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from orl_fast.coco import read_annotations
+from orl_fast.config import Section
+from orl_fast.console import log
 from orl_fast.errors import DataError
+from orl_fast.evals import Context
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+_TEST_SPLITS = ("val", "valid", "validation", "test")
 _MIN_SIDE_PX = 8  # a smaller box shows nothing that could be recognized
 
 
+class LabelledOptions(Section):
+    """DATA is a folder with one subfolder of images per class, or a COCO folder or annotation file, whose ground-truth boxes are cut out
+    and labelled by category. The test part is held out by image, so that no image is in both parts. Entries and images that cannot be
+    used are skipped, counted and named."""
+
+    annotations: Path | None = Field(default=None, description="COCO-style annotation file, in place of DATA.")
+    images: Path | None = Field(default=None, description="Folder of that file's images.")
+    test: Path | None = Field(default=None, description="Test data like DATA [default: DATA/val of DATA/train, else a part of DATA].")
+    test_images: Path | None = Field(default=None, description="Folder of a test annotation file's images.")
+    held_out: float = Field(default=0.3, gt=0, lt=1, description="That part.")
+    size_px: int | None = Field(default=None, ge=8, description="Side of the encoded views in pixels [default: as in mining].")
+    renderer: Literal["cpu", "gpu", "reference"] = Field(default="cpu", description="Renderer of the views.")
+    seed: int = Field(default=0, ge=0, description="Of the held-out part and of validation.")
+
+
 @dataclass(frozen=True, kw_only=True)
-class LabelledObjects:
+class Objects:
     """Objects with a class: whole images, or boxes within them.
 
     Attributes:
         paths: the images.
-        images: [M] int64, object m shows paths[images[m]].
+        images: [M] int64 ascending, object m is in paths[images[m]].
         labels: [M] int64, positions in `classes`.
         classes: names.
-        boxes: [M, 4] float32 xyxy, pixels of the upright image; None where an object is its whole image.
+        boxes: [M, 4] float32 xyxy, pixels of the annotated image; None where an object is its whole image.
+        sizes_px: [N, 2] int64, width and height of the annotated images, 0 where unknown; with boxes only.
+        num_skipped_images, num_skipped_objects: annotated images that are not there, and annotations that cannot be used.
     """
 
     paths: tuple[Path, ...]
@@ -31,38 +54,51 @@ class LabelledObjects:
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     boxes: NDArray[np.float32] | None = None
+    sizes_px: NDArray[np.int64] | None = None
+    num_skipped_images: int = 0
+    num_skipped_objects: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def of_images(self, chosen: NDArray[np.int64]) -> "LabelledObjects":
-        """The objects of these images (positions in `paths`) alone."""
+    def of_images(self, chosen: NDArray[np.int64]) -> "Objects":
+        """The objects of these images alone, given by ascending positions in `paths`."""
         kept = np.isin(self.images, chosen)
-        new_position = np.cumsum(np.isin(np.arange(len(self.paths)), chosen)) - 1
-        return LabelledObjects(
-            paths=tuple(self.paths[i] for i in sorted(set(chosen.tolist()))),
-            images=new_position[self.images[kept]].astype(np.int64),
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in chosen.tolist()),
+            images=np.searchsorted(chosen, self.images[kept]).astype(np.int64),
             labels=self.labels[kept],
-            classes=self.classes,
             boxes=None if self.boxes is None else self.boxes[kept],
+            sizes_px=None if self.sizes_px is None else self.sizes_px[chosen],
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelledData:
-    """What an evaluation learns from and what it is scored on. No image is in both; the classes are the same."""
+@lru_cache(maxsize=1)
+def labelled_data(data: Path, options: LabelledOptions, context: Context) -> tuple[Objects, Objects]:
+    """What to learn from and what to test on, with the same classes and no image in both; read once for all backbones of a context.
 
-    train: LabelledObjects
-    test: LabelledObjects
+    Raises:
+        DataError: see `open_labelled`, `with_test` and `split_by_image`.
+    """
+    test = options.test
+    own_tests = [data / name for name in _TEST_SPLITS if (data / name).is_dir()]
+    if own_tests and (data / "train").is_dir() and not (data / "annotations").is_dir():
+        data, test = data / "train", options.test or own_tests[0]
+        log.info("training on %s, testing on %s", data, test)
+    objects = open_labelled(data, images=options.images)
+    if test is None:
+        return split_by_image(objects, held_out=options.held_out, seed=options.seed)
+    return with_test(objects, open_labelled(test, images=options.test_images))
 
 
-def open_labelled(path: Path, *, images: Path | None = None) -> LabelledObjects:
+def open_labelled(path: Path, *, images: Path | None = None) -> Objects:
     """Open a folder of class folders, a COCO root or split, or a COCO-style annotation file.
 
     Args:
         path: a folder with one subfolder per class (images at any depth below); or a folder with `annotations/` (its only
             instances_*.json is taken); or a split's folder beside that; or such a .json file.
-        images: where an annotation file's images lie; by default the split's folder of COCO's layout, an `images` folder beside the
+        images: the folder of an annotation file's images; by default the split's folder of COCO's layout, an `images` folder beside the
             file, or the file's own folder.
     Raises:
         DataError: it is none of these, is damaged, or holds no labelled object.
@@ -83,29 +119,28 @@ def open_labelled(path: Path, *, images: Path | None = None) -> LabelledObjects:
     return _from_folders(path)
 
 
-def split_by_image(objects: LabelledObjects, *, held_out: float, seed: int) -> LabelledData:
+def split_by_image(objects: Objects, *, held_out: float, seed: int) -> tuple[Objects, Objects]:
     """Hold out a share of the images for testing, the same share of each class as far as possible (by each image's first object).
 
     Raises:
         DataError: too few images to have both parts.
     """
-    first_object = np.full(len(objects.paths), -1, np.int64)
-    first_object[objects.images[::-1]] = np.arange(len(objects))[::-1]
+    label_of_image = objects.labels[np.searchsorted(objects.images, np.arange(len(objects.paths)))]
     rng = np.random.default_rng(seed)
     test: list[int] = []
     for label in range(len(objects.classes)):
-        members = np.flatnonzero((first_object >= 0) & (objects.labels[first_object] == label))
+        members = np.flatnonzero(label_of_image == label)
         count = min(max(round(held_out * len(members)), 1), len(members) - 1)
         test += rng.permutation(members)[: max(count, 0)].tolist()
     if not test:
         raise DataError(f"{len(objects.paths)} labelled images are too few to hold some out for testing; give test data with --test")
     tested = np.array(sorted(test), np.int64)
-    trained = np.setdiff1d(np.unique(objects.images), tested)
-    return LabelledData(train=objects.of_images(trained), test=objects.of_images(tested))
+    train = objects.of_images(np.setdiff1d(objects.images, tested))
+    return train, replace(objects.of_images(tested), num_skipped_images=0, num_skipped_objects=0)
 
 
-def with_test(train: LabelledObjects, test: LabelledObjects) -> LabelledData:
-    """Test data of its own, its classes matched by name.
+def with_test(train: Objects, test: Objects) -> tuple[Objects, Objects]:
+    """Separate test data, its classes matched by name.
 
     Raises:
         DataError: it has a class that the training data lack, or an image of theirs.
@@ -117,12 +152,13 @@ def with_test(train: LabelledObjects, test: LabelledObjects) -> LabelledData:
     shared = {path.resolve() for path in train.paths} & {path.resolve() for path in test.paths}
     if shared:
         raise DataError(f"{min(shared)}: is in the training data and in the test data; give other test data")
-    position = np.array([train.classes.index(name) if name in train.classes else -1 for name in test.classes], np.int64)
-    renamed = LabelledObjects(paths=test.paths, images=test.images, labels=position[test.labels], classes=train.classes, boxes=test.boxes)
-    return LabelledData(train=train, test=renamed)
+    positions = np.array([train.classes.index(name) if name in train.classes else -1 for name in test.classes], np.int64)
+    return train, replace(test, labels=positions[test.labels], classes=train.classes)
 
 
-def _from_folders(root: Path) -> LabelledObjects:
+def _from_folders(root: Path) -> Objects:
+    if (root / "JPEGImages").is_dir():
+        raise DataError(f"{root}: is in PASCAL VOC's layout, which has no class folders; give its objects as a COCO-style annotation file")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     per_class = [sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES) for folder in folders]
     classes = [(folder.name, files) for folder, files in zip(folders, per_class, strict=True) if files]
@@ -130,8 +166,7 @@ def _from_folders(root: Path) -> LabelledObjects:
         raise DataError(f"{root}: {len(classes)} subfolders hold images; give a folder that has one for each of two or more classes")
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for _, files in classes])
     paths = tuple(file for _, files in classes for file in files)
-    names = tuple(name for name, _ in classes)
-    return LabelledObjects(paths=paths, images=np.arange(len(paths), dtype=np.int64), labels=labels, classes=names)
+    return Objects(paths=paths, images=np.arange(len(paths)), labels=labels, classes=tuple(name for name, _ in classes))
 
 
 def _images_beside(annotations: Path) -> Path:
@@ -141,30 +176,28 @@ def _images_beside(annotations: Path) -> Path:
     return next((folder for folder in candidates if folder.is_dir()), annotations.parent)
 
 
-def _from_coco(annotations: Path, images: Path) -> LabelledObjects:
-    try:
-        values: dict[str, Any] = json.loads(annotations.read_bytes())
-        names = {int(entry["id"]): str(entry["name"]) for entry in values["categories"]}
-        files = {int(entry["id"]): str(entry["file_name"]) for entry in values["images"]}
-        objects = [
-            (int(entry["image_id"]), int(entry["category_id"]), [float(part) for part in entry["bbox"]])
-            for entry in values["annotations"]
-            if not entry.get("iscrowd") and min(entry["bbox"][2:]) >= _MIN_SIDE_PX
-        ]
-        present = {image for image in {image for image, _, _ in objects} if (images / files[image]).is_file()}
-        objects = [entry for entry in objects if entry[0] in present]
-        category_ids = sorted({category for _, category, _ in objects})
-        classes = tuple(names[category] for category in category_ids)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{annotations}: is no COCO-style annotation file with boxes ({error!r}); give another") from error
-    if len(classes) < 2:
-        raise DataError(f"{annotations}: {len(classes)} classes have boxes on images in {images}; name the images' folder with --images")
-    position = {image: number for number, image in enumerate(sorted(present))}
-    boxes_xywh = np.array([box for _, _, box in objects], np.float32)
-    return LabelledObjects(
-        paths=tuple(images / files[image] for image in position),
-        images=np.array([position[image] for image, _, _ in objects], np.int64),
-        labels=np.searchsorted(category_ids, [category for _, category, _ in objects]).astype(np.int64),
-        classes=classes,
-        boxes=np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1),
+def _from_coco(file: Path, folder: Path) -> Objects:
+    found = read_annotations(file)
+    large = (found.boxes[:, 2:] - found.boxes[:, :2]).min(axis=1, initial=np.inf) >= _MIN_SIDE_PX
+    named = found.labels >= 0
+    if num_unnamed := int(np.sum(~named)):
+        log.warning("%s: %d objects of categories that the file does not list: skipped", file, num_unnamed)
+    wanted = np.unique(found.images[large & named])
+    absent = [i for i in wanted.tolist() if not (folder / found.file_names[i]).is_file()]
+    if absent:
+        log.warning("%s: %d annotated images are not in %s, for example %s", file, len(absent), folder, found.file_names[absent[0]])
+    kept = large & named & ~np.isin(found.images, absent)
+    used, labels = np.unique(found.labels[kept], return_inverse=True)
+    if len(used) < 2:
+        raise DataError(f"{file}: {len(used)} classes have boxes on images in {folder}; name the images' folder with --images")
+    everything = Objects(
+        paths=tuple(folder / name for name in found.file_names),
+        images=found.images[kept],
+        labels=labels.astype(np.int64),
+        classes=tuple(found.categories[label] for label in used.tolist()),
+        boxes=found.boxes[kept].astype(np.float32),
+        sizes_px=found.sizes_px,
+        num_skipped_images=len(absent),
+        num_skipped_objects=found.num_skipped + num_unnamed,
     )
+    return everything.of_images(np.unique(everything.images))

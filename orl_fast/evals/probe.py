@@ -1,15 +1,46 @@
 """Linear probe: how well a linear classifier reads the class out of frozen features."""
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from orl_fast.console import log
 from orl_fast.errors import DataError
-from orl_fast.evals.features import Features
+from orl_fast.evals import Context
+from orl_fast.evals.features import Features, encode_labelled
+from orl_fast.evals.labels import LabelledOptions
+from orl_fast.models import Encoder
 
+SCORES = {"top1": "top-1", "mean_class_accuracy": "mean per class", "chance": "chance"}
 COSTS = (0.001, 0.01, 0.1, 1.0)
 _VALIDATION_SHARE = 0.2
+_MAX_STEPS = 300
+
+
+class Options(LabelledOptions):
+    __doc__ = LabelledOptions.__doc__
+
+    cost: float | None = Field(default=None, gt=0, description="scikit-learn's C [default: chosen by validation].")
+
+
+def run(encoder: Encoder, data: Path, options: Options, context: Context) -> dict[str, float]:
+    """Encode the labelled objects and fit (see `linear_probe`)."""
+    train, test = encode_labelled(encoder, data, options, context)
+    return linear_probe(train, test, cost=options.cost, seed=options.seed)
+
+
+def summary(values: dict[str, float]) -> str:
+    """A line below the table."""
+    return f"{counts(values)}; C = {values['cost']:g}. Chance: always the most frequent class."
+
+
+def counts(values: dict[str, float]) -> str:
+    """What was learned from and tested, in words."""
+    skipped = f"{values['num_skipped_images']:g} images and {values['num_skipped_objects']:g} objects skipped"
+    return f"{values['num_train']:g} objects trained on, {values['num_test']:g} tested, {values['num_classes']:g} classes; {skipped}"
 
 
 def linear_probe(train: Features, test: Features, *, cost: float | None = None, seed: int = 0) -> dict[str, float]:
@@ -22,7 +53,7 @@ def linear_probe(train: Features, test: Features, *, cost: float | None = None, 
         seed: of that choice.
     Returns:
         "top1" and "mean_class_accuracy" (both 0 to 1), "chance" (top1 of always answering the most frequent training class), "cost",
-        "num_train", "num_test", "num_classes", "num_skipped".
+        "num_train", "num_test", "num_classes", "num_skipped_images", "num_skipped_objects".
     Raises:
         DataError: fewer than two classes to learn, or nothing to test.
     """
@@ -50,7 +81,8 @@ def scores(predicted: NDArray[np.int64], train: Features, test: Features) -> dic
         "num_train": len(train.labels),
         "num_test": len(test.labels),
         "num_classes": len(np.unique(train.labels)),
-        "num_skipped": train.num_skipped + test.num_skipped,
+        "num_skipped_images": train.num_skipped_images + test.num_skipped_images,
+        "num_skipped_objects": train.num_skipped_objects + test.num_skipped_objects,
     }
 
 
@@ -58,7 +90,7 @@ def check_parts(train: Features, test: Features) -> None:
     if len(np.unique(train.labels)) < 2 or not len(test.labels):
         raise DataError(
             f"{len(np.unique(train.labels))} classes to learn and {len(test.labels)} objects to test are left after "
-            f"{train.num_skipped + test.num_skipped} unreadable images were skipped; at least 2 and 1 are needed"
+            f"{train.num_skipped_images + test.num_skipped_images} images were skipped; at least 2 and 1 are needed"
         )
 
 
@@ -72,8 +104,10 @@ def _fit(train_x: NDArray[np.float32], labels: NDArray[np.int64], test_x: NDArra
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression  # heavy, and only fitting needs it
 
+    classifier = LogisticRegression(C=cost, max_iter=_MAX_STEPS)
     with warnings.catch_warnings():
-        # Weak penalties need many steps; where they run out, the fit is as good as done, and validation has its say.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier = LogisticRegression(C=cost, max_iter=300).fit(train_x, labels)
+        classifier.fit(train_x, labels)
+    if (classifier.n_iter_ >= _MAX_STEPS).any():
+        log.warning("linear probe: the fit with C = %g did not converge in %d steps", cost, _MAX_STEPS)
     return np.asarray(classifier.predict(test_x), np.int64)

@@ -7,12 +7,14 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from benchmarks.untrained import write_untrained
+from orl_fast.checkpoint import read_checkpoint, write_checkpoint
 from orl_fast.cli.main import cli
-from orl_fast.config import config_to_dict, load_config
 from orl_fast.errors import DataError, MissingStageError, OrlFastError
-from orl_fast.methods import BYOL
+from orl_fast.provenance import TableInfo, new_table
+from orl_fast.recipe import load_config
 from orl_fast.shards import ShardIndex, write_shards
-from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, new_table
+from orl_fast.tables import BoxTable, NeighborTable, PairTable
 
 
 def _run(*arguments: str | Path) -> Result:
@@ -24,11 +26,8 @@ def _run(*arguments: str | Path) -> Result:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = load_config("demo")
-    torch.manual_seed(0)
     file = tmp_path_factory.mktemp("run") / "checkpoint.pt"
-    values = {"format": 1, "method": "byol", "step": 4, "model": BYOL(config).state_dict(), "optimizer": {}, "index": "abc"}
-    torch.save({**values, "config": config_to_dict(config), "mined": {}, "versions": {"torch": str(torch.__version__)}}, file)
+    write_untrained(file, load_config("demo"))
     return file
 
 
@@ -57,9 +56,8 @@ def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.save(path / "offsets.npy", rois.offsets)
         np.save(path / "boxes.npy", rois.boxes)
     neighbors = (np.arange(num)[:, None] + [[1, 2]]) % num
-    NeighborTable(neighbors=neighbors, similarities=np.ones((num, 2), np.float32)).save(
-        folder / "mined" / "neighbors", TableInfo(kind="neighbors", made_from=made_from, settings={})
-    )
+    with new_table(folder / "mined" / "neighbors", TableInfo(kind="neighbors", made_from=made_from, settings={})) as path:
+        NeighborTable(neighbors=neighbors, similarities=np.ones((num, 2), np.float32)).write_arrays(path)
     settings = {"num_neighbors": 2, "pair_ratio": 0.1, "compat": "official"}
     with new_table(folder / "mined" / "pairs", TableInfo(kind="pairs", made_from=made_from, settings=settings)) as path:
         first, count = np.arange(2 * num).reshape(num, 2), np.ones((num, 2), np.int32)
@@ -75,11 +73,21 @@ def test_eval_tells_colors_apart_and_compares_with_random_weights(kind: str, che
     result = _run("eval", kind, checkpoint, photos, "--random-init", "--workers", "1", "--size", "32", "--json", tmp_path / "out.json")
     assert result.exit_code == 0
     assert "random initialization" in result.output
-    assert "1 unreadable images skipped" in result.output
-    found = json.loads((tmp_path / "out.json").read_text())["results"]
-    assert list(found) == [str(checkpoint), "random initialization"]
-    values = found[str(checkpoint)]
-    assert (values["num_train"] + values["num_test"], values["num_skipped"]) == (24, 1)
+    assert "1 images and 0 objects skipped" in " ".join(result.output.split())
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [record["backbone"] for record in found] == [str(checkpoint), "random initialization"]
+    kept = [json.loads(line) for line in (checkpoint.parent / "evals.jsonl").read_text().splitlines()]
+    assert kept[-2:] == found
+    assert {key: found[0][key] for key in ("eval", "method", "step", "data")} == {
+        "eval": kind,
+        "method": "byol",
+        "step": 0,
+        "data": str(photos),
+    }
+    assert found[0]["options"]["size_px"] == 32
+    values = found[0]["values"]
+    assert values == found[1]["values"]  # the checkpoint is that of an untrained network
+    assert (values["num_train"] + values["num_test"], values["num_skipped_images"]) == (24, 1)
     assert values["top1"] > 0.8
     assert f"{100 * values['top1']:.1f} %" in result.output
 
@@ -95,16 +103,42 @@ def test_eval_takes_coco_annotations_and_separate_test_data(checkpoint: Path, ph
     train = annotate(tmp_path / "train.json", range(8))
     result = _run("eval", "knn", checkpoint, "--annotations", train, "--images", photos, "--workers", "1")
     assert result.exit_code == 0
-    assert "12 objects learnt from, 4 tested" in " ".join(result.output.split())
+    assert "12 objects trained on, 4 tested" in " ".join(result.output.split())
     test = annotate(tmp_path / "test.json", range(8, 12))
     result = _run("eval", "knn", checkpoint, train, "--images", photos, "--test", test, "--test-images", photos, "--workers", "1")
-    assert "16 objects learnt from, 8 tested, 2 classes" in " ".join(result.output.split())
+    assert "16 objects trained on, 8 tested, 2 classes" in " ".join(result.output.split())
 
 
 def test_eval_explains_what_is_missing(checkpoint: Path, tmp_path: Path) -> None:
     assert _run("eval", "probe", checkpoint).exit_code == 2
     assert isinstance(_run("eval", "probe", tmp_path / "none.pt", tmp_path).exception, MissingStageError)
     assert isinstance(_run("eval", "probe", checkpoint, tmp_path).exception, DataError)
+
+
+def test_eval_has_help_of_its_own_and_names_the_nearest() -> None:
+    listed = _run("eval", "--help").output
+    assert "probe" in listed
+    assert "knn" in listed
+    assert "--cost" in _run("eval", "probe", "--help").output
+    shown = _run("eval", "knn", "--help").output
+    assert all(option in shown for option in ("--neighbors", "--temperature", "--held-out", "--test-images", "--size"))
+    assert "--cost" not in shown
+    wrong = _run("eval", "prob", "x", "y")
+    assert wrong.exit_code == 2
+    assert "Did you mean 'probe'?" in wrong.output
+    assert _run("eval", "knn", "x", "y", "--temperature", "0").exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["probe", "knn"])
+def test_eval_refuses_weights_that_are_not_finite(kind: str, checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    values = dict(read_checkpoint(checkpoint))
+    model, optimizer = values.pop("model"), values.pop("optimizer")
+    next(iter(model.values()))[0] = torch.nan
+    write_checkpoint(tmp_path / "checkpoint.pt", values, model=model, optimizer=optimizer)
+    result = _run("eval", kind, tmp_path, photos)
+    assert isinstance(result.exception, DataError)
+    assert "not finite" in str(result.exception)
+    assert not (tmp_path / "evals.jsonl").exists()
 
 
 def test_show_writes_the_same_picture_again(packed: Path, tmp_path: Path) -> None:
@@ -120,7 +154,9 @@ def test_show_writes_the_same_picture_again(packed: Path, tmp_path: Path) -> Non
 def test_show_views_of_named_images(packed: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "views.png"
     images = "warm_warm3,cold/cold5.jpg,2"
-    options = ("--recipe", "demo", "--renderer", "reference", "--images", images, "--out", out)
+    recipe = tmp_path / "two.toml"
+    recipe.write_text("[mining]\nnum_neighbors = 2\n[views]\nimage_size_px = 64\npatch_size_px = 32\n")
+    options = ("--recipe", recipe, "--renderer", "reference", "--images", images, "--out", out)
     result = _run("show", "views", packed, "--method", method, *options)
     assert f"{out}: 3 images, {2 if method == 'byol' else 6} views each" in result.output
 
@@ -136,24 +172,24 @@ def test_show_names_the_nearest_image_and_the_command_that_mines(packed: Path, p
 
 
 def test_info_knows_shards_tables_and_checkpoints(packed: Path, checkpoint: Path, tmp_path: Path) -> None:
-    told = _run("info", packed).output
-    assert "24 in 1 shards" in told
-    assert "broken.jpg" in told
-    assert "neighbors, rois, pairs" in told
+    shown = _run("info", packed).output
+    assert "24 in 1 shards" in shown
+    assert "broken.jpg" in shown
+    assert "neighbors, rois, pairs" in shown
     assert "2.0 on average, 2 to 2" in _run("info", packed / "mined" / "rois").output
     whole = _run("info", packed / "mined").output
     assert all(f"{kind} (" in whole for kind in ("neighbors", "rois", "pairs"))
     for path in (checkpoint, checkpoint.parent):
-        told = _run("info", path).output
-        assert "byol" in told
-        assert "resnet10_small" in told
-    for path, message in ((tmp_path / "none", "no such file or folder"), (tmp_path, "neither packed photographs nor")):
+        shown = _run("info", path).output
+        assert "byol" in shown
+        assert "resnet10_small" in shown
+    for path in (tmp_path / "none", tmp_path):
         result = _run("info", path)
         assert isinstance(result.exception, DataError)
-        assert message in str(result.exception)
+        assert "not a dataset, a mined table, or a run" in str(result.exception)
 
 
 def test_info_of_this_machine() -> None:
-    told = _run("info").output
-    assert "DALI decodes" in told
-    assert torch.__version__.split("+")[0] in told
+    shown = _run("info").output
+    assert "nvidia-dali" in shown
+    assert torch.__version__.split("+")[0] in shown

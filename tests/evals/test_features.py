@@ -5,11 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from orl_fast.config import load_config
-from orl_fast.evals import LabelledObjects, encode_objects
-from orl_fast.evals.features import pad_boxes
-from orl_fast.models import Encoder
-from orl_fast.models.encoder import random_encoder
+from orl_fast.evals.features import encode_objects, pad_boxes
+from orl_fast.evals.labels import Objects
+from orl_fast.models import Encoder, random_encoder
+from orl_fast.recipe import load_config
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +24,13 @@ def _oracle(encoder: Encoder, image: Image.Image) -> torch.Tensor:
 
 def test_boxes_of_photographs_as_pil_would_cut_them(photo_paths: list[Path], encoder: Encoder) -> None:
     paths = tuple(photo_paths[:3])
-    boxes = np.array([[10, 20, 110, 150], [0, 0, 90, 60], [30, 40, 130, 200], [5, 5, 300, 200]], np.float32)
-    objects = LabelledObjects(paths=paths, images=np.array([0, 2, 1, 0]), labels=np.array([0, 1, 1, 0]), classes=("a", "b"), boxes=boxes)
+    boxes = np.array([[10, 20, 110, 150], [5, 5, 300, 200], [30, 40, 130, 200], [0, 0, 90, 60]], np.float32)
+    objects = Objects(paths=paths, images=np.array([0, 0, 1, 2]), labels=np.array([0, 0, 1, 1]), classes=("a", "b"), boxes=boxes)
     found = encode_objects(encoder, objects, size_px=32)
-    # Objects come image by image.
-    order = np.argsort(found.images, kind="stable")
-    assert found.images[order].tolist() == [0, 0, 1, 2]
-    assert sorted(found.labels.tolist()) == [0, 0, 1, 1]
+    assert found.images.tolist() == [0, 0, 1, 2]
+    assert found.labels.tolist() == [0, 0, 1, 1]
     photo = Image.open(paths[1]).convert("RGB")
-    padded = pad_boxes(boxes[2:3], heights=np.array([photo.height], np.int32), widths=np.array([photo.width], np.int32))[0]
+    padded = pad_boxes(boxes[2:3], sizes_px=np.array([photo.size], np.int32))[0]
     expected = _oracle(encoder, photo.crop(tuple(padded.tolist())).resize((32, 32), Image.Resampling.BILINEAR))
     assert torch.nn.functional.cosine_similarity(torch.from_numpy(found.values[found.images == 1][0]), expected, dim=0) > 0.995
 
@@ -52,11 +49,11 @@ def test_odd_images_are_encoded_and_broken_ones_skipped(tmp_path: Path, encoder:
     (tmp_path / "empty.jpg").write_bytes(b"")
     names = ("alpha.png", "cut.jpg", "empty.jpg", "gray.png", "plain.jpg", "rotated.jpg", "missing.jpg")
     count = len(names)
-    objects = LabelledObjects(
+    objects = Objects(
         paths=tuple(tmp_path / name for name in names), images=np.arange(count), labels=np.arange(count) % 2, classes=("a", "b")
     )
     found = encode_objects(encoder, objects)
-    assert found.num_skipped == 3
+    assert found.num_skipped_images == 3
     assert [names[i] for i in found.images] == ["alpha.png", "gray.png", "plain.jpg", "rotated.jpg"]
     assert found.labels.tolist() == [0, 1, 0, 1]
     assert found.values.shape == (4, encoder.num_features)
@@ -65,5 +62,33 @@ def test_odd_images_are_encoded_and_broken_ones_skipped(tmp_path: Path, encoder:
 
 def test_padding_stays_within_the_image() -> None:
     boxes = np.array([[10, 10, 30, 50], [0, 0, 100, 80]], np.float32)
-    padded = pad_boxes(boxes, heights=np.array([80, 80], np.int32), widths=np.array([100, 100], np.int32), share=0.1)
+    padded = pad_boxes(boxes, sizes_px=np.array([[100, 80]] * 2, np.int32), share=0.1)
     assert padded.tolist() == [[8, 6, 32, 54], [0, 0, 100, 80]]
+
+
+def test_boxes_are_rotated_with_an_image_that_exif_rotates(tmp_path: Path, encoder: Encoder) -> None:
+    """Annotated as the file stores it, or upright: both cut out the same pixels."""
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 100, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated clockwise to be shown: 80 wide, 100 high
+    Image.fromarray(pixels).save(tmp_path / "rotated.jpg", exif=exif, quality=95)
+    stored, upright = (20, 10, 60, 40), (80 - 40, 20, 80 - 10, 60)
+    values = []
+    for box, size in ((stored, (100, 80)), (upright, (80, 100))):
+        objects = Objects(
+            paths=(tmp_path / "rotated.jpg",), images=np.zeros(1, np.int64), labels=np.zeros(1, np.int64), classes=("a", "b"),
+            boxes=np.array([box], np.float32), sizes_px=np.array([size]),
+        )  # fmt: skip
+        values.append(encode_objects(encoder, objects, size_px=32).values)
+    assert np.array_equal(*values)
+
+
+def test_boxes_outside_and_images_of_another_size_are_skipped_and_counted(tmp_path: Path, encoder: Encoder) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (100, 80), "gray").save(tmp_path / name)
+    objects = Objects(
+        paths=(tmp_path / "a.jpg", tmp_path / "b.jpg"), images=np.array([0, 0, 1]), labels=np.array([0, 1, 1]), classes=("a", "b"),
+        boxes=np.array([[0, 0, 50, 50], [120, 10, 140, 30], [0, 0, 50, 50]], np.float32), sizes_px=np.array([[100, 80], [64, 64]]),
+    )  # fmt: skip
+    found = encode_objects(encoder, objects, size_px=32)
+    assert (found.labels.tolist(), found.num_skipped_images, found.num_skipped_objects) == ([0], 1, 1)

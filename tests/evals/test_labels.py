@@ -3,10 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from orl_fast.errors import DataError
-from orl_fast.evals import LabelledObjects, open_labelled, split_by_image, with_test
+from orl_fast.evals import Context
+from orl_fast.evals.labels import LabelledOptions, Objects, labelled_data, open_labelled, split_by_image, with_test
 
 
 def _write(path: Path, size: tuple[int, int] = (40, 30)) -> None:
@@ -64,7 +66,9 @@ def test_what_is_no_labelled_data_is_refused(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.json"
     for text in ("{", "[]", '{"images": [], "annotations": [], "categories": [{"id": 1}]}'):
         damaged.write_text(text)
-        with pytest.raises(DataError, match=r"damaged\.json: is no COCO-style annotation file"):
+        with pytest.raises(
+            DataError, match=r"damaged\.json: (not a COCO-style annotation file|cannot be read as JSON|0 classes have boxes)"
+        ):
             open_labelled(damaged)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -75,22 +79,22 @@ def test_what_is_no_labelled_data_is_refused(tmp_path: Path) -> None:
 def test_split_shares_no_image_and_tests_every_class(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = np.sort(rng.integers(0, 40, 200))
-    objects = LabelledObjects(
+    objects = Objects(
         paths=tuple(Path(f"{i}.jpg") for i in range(40)),
         images=images,
         labels=rng.integers(0, 4, 200),
         classes=("a", "b", "c", "d"),
         boxes=np.stack([images, images, images + 9, images + 9], axis=1).astype(np.float32),
     )
-    data = split_by_image(objects, held_out=0.25, seed=1)
-    assert not set(data.train.paths) & set(data.test.paths)
-    assert len(data.train) + len(data.test) == 200
-    assert 0.15 < len(data.test.paths) / 40 < 0.35
-    for part in (data.train, data.test):  # every object still shows its own image
+    train, test = split_by_image(objects, held_out=0.25, seed=1)
+    assert not set(train.paths) & set(test.paths)
+    assert len(train) + len(test) == 200
+    assert 0.15 < len(test.paths) / 40 < 0.35
+    for part in (train, test):  # every object still shows its own image
         assert part.boxes is not None
         assert [path.name for path in np.array(part.paths)[part.images]] == [f"{int(box[0])}.jpg" for box in part.boxes]
-    again, other = split_by_image(objects, held_out=0.25, seed=1), split_by_image(objects, held_out=0.25, seed=2)
-    assert again.test.paths == data.test.paths != other.test.paths
+    again, other = (split_by_image(objects, held_out=0.25, seed=seed)[1] for seed in (1, 2))
+    assert again.paths == test.paths != other.paths
 
 
 def test_one_image_per_class_cannot_be_split(tmp_path: Path) -> None:
@@ -104,10 +108,25 @@ def test_test_data_are_matched_by_class_name(tmp_path: Path) -> None:
     for name in ("train/a/1.jpg", "train/b/2.jpg", "train/c/3.jpg", "test/b/4.jpg", "test/c/5.jpg", "other/b/6.jpg", "other/z/7.jpg"):
         _write(tmp_path / name)
     train = open_labelled(tmp_path / "train")
-    data = with_test(train, open_labelled(tmp_path / "test"))
-    assert data.test.classes == ("a", "b", "c")
-    assert data.test.labels.tolist() == [1, 2]
+    _, test = with_test(train, open_labelled(tmp_path / "test"))
+    assert test.classes == ("a", "b", "c")
+    assert test.labels.tolist() == [1, 2]
     with pytest.raises(DataError, match="training data lack: z"):
         with_test(train, open_labelled(tmp_path / "other"))
     with pytest.raises(DataError, match="is in the training data and in the test data"):
         with_test(train, train)
+
+
+def test_a_root_with_splits_is_used_as_such(tmp_path: Path) -> None:
+    for name in ("train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg", "val/b/4.jpg"):
+        _write(tmp_path / name)
+    train, test = labelled_data(tmp_path, LabelledOptions(), Context(device=torch.device("cpu")))
+    assert train.classes == ("a", "b")
+    assert [path.name for part in (train, test) for path in part.paths] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+
+
+def test_the_layout_of_pascal_voc_is_refused(tmp_path: Path) -> None:
+    for name in ("JPEGImages/1.jpg", "SegmentationClass/1.png"):
+        _write(tmp_path / name)
+    with pytest.raises(DataError, match="PASCAL VOC"):
+        open_labelled(tmp_path)

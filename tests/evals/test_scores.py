@@ -5,8 +5,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from orl_fast.errors import DataError
-from orl_fast.evals import Features, knn, linear_probe
-from orl_fast.evals.probe import COSTS
+from orl_fast.evals import probe
+from orl_fast.evals.features import Features
+from orl_fast.evals.knn import knn
+from orl_fast.evals.probe import COSTS, linear_probe
 
 
 def _features(seed: int, *, num: int = 150, noise: float = 1.0) -> Features:
@@ -14,7 +16,7 @@ def _features(seed: int, *, num: int = 150, noise: float = 1.0) -> Features:
     labels = rng.choice(3, num, p=[0.5, 0.3, 0.2])
     centers = np.random.default_rng(99).normal(0, 1, (3, 6))
     values = (centers[labels] + noise * rng.normal(0, 1, (num, 6))) * [1, 10, 1, 1, 0.01, 1] + 3
-    return Features(values=values.astype(np.float32), labels=labels, images=np.arange(num) // 2, num_skipped=seed)
+    return Features(values=values.astype(np.float32), labels=labels, images=np.arange(num) // 2, num_skipped_images=seed)
 
 
 def test_probe_is_logistic_regression_on_standardized_features() -> None:
@@ -26,7 +28,7 @@ def test_probe_is_logistic_regression_on_standardized_features() -> None:
     per_class = [float(np.mean(predicted[test.labels == label] == label)) for label in range(3)]
     assert found["mean_class_accuracy"] == pytest.approx(float(np.mean(per_class)))
     assert found["chance"] == pytest.approx(float(np.mean(test.labels == np.bincount(train.labels).argmax())))
-    assert (found["num_train"], found["num_test"], found["num_classes"], found["num_skipped"]) == (150, 150, 3, 1)
+    assert (found["num_train"], found["num_test"], found["num_classes"], found["num_skipped_images"]) == (150, 150, 3, 1)
 
 
 def test_the_cost_is_chosen_without_the_test_data() -> None:
@@ -60,6 +62,14 @@ def test_knn_takes_all_where_there_are_fewer_than_k_and_a_tiny_temperature_does_
 
 @pytest.mark.parametrize("score", [linear_probe, knn])
 def test_one_class_cannot_be_scored(score) -> None:  # type: ignore[no-untyped-def]
-    one = Features(values=np.ones((4, 2), np.float32), labels=np.zeros(4, np.int64), images=np.arange(4), num_skipped=2)
+    one = Features(values=np.ones((4, 2), np.float32), labels=np.zeros(4, np.int64), images=np.arange(4), num_skipped_images=2)
     with pytest.raises(DataError, match="1 classes to learn"):
         score(one, _features(0))
+
+
+def test_a_fit_that_does_not_converge_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages: list[str] = []
+    monkeypatch.setattr(probe.log, "warning", lambda message, *values: messages.append(message % values))
+    monkeypatch.setattr(probe, "_MAX_STEPS", 1)
+    linear_probe(_features(0), _features(1), cost=1.0)
+    assert messages == ["linear probe: the fit with C = 1 did not converge in 1 steps"]
