@@ -5,7 +5,6 @@
 - jitter: a batch against the reference's algorithm in Python.
 """
 
-import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -16,12 +15,14 @@ import numpy as np
 import torch
 import torchvision
 from numpy.typing import NDArray
-from PIL import Image
 
 from benchmarks.harness import Contender, Row, compare
 from benchmarks.photographs import load_jpegs
-from orl_fast.boxes import filter_proposals, jitter_boxes, nms
-from orl_fast.mining.proposals import selective_search
+from orl_fast.boxes import filter_proposals, nms
+from orl_fast.selective_search import selective_search
+from orl_fast.shards.images import decode_rgb
+from orl_fast.views.jitter import jitter_boxes
+from orl_fast.views.specs import JitteredRoi
 
 COUNTS = (100, 2_500, 20_000)
 
@@ -83,8 +84,7 @@ def _filter(source: Path | None, *, quick: bool) -> list[Row]:
     rows = []
     cases = {f"filter, {num:,} boxes": draw_boxes(num) for num in COUNTS}
     for i, jpeg in enumerate(load_jpegs(source, limit=1 if quick else 3)):
-        with Image.open(io.BytesIO(jpeg)) as image:
-            boxes = selective_search(np.asarray(image.convert("RGB")), seed=0)
+        boxes = selective_search(np.asarray(decode_rgb(jpeg)), seed=0)
         cases[f"filter, {len(boxes):,} proposals of picture {i + 1}"] = boxes
     for name, boxes in cases.items():
         plain = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
@@ -118,13 +118,10 @@ def _jitter(*, rounds: int) -> list[Row]:
     plain = boxes.tolist()
     images = np.arange(len(boxes), dtype=np.int64)
     sizes = np.tile(np.array([480, 640], np.int64), (len(boxes), 1))
-    streams = np.zeros_like(images)
+    ours = partial(jitter_boxes, boxes, sizes=sizes, seed=0, epoch=0, images=images, stream=0, jitter=JitteredRoi())
     contenders = [
         Contender(name="the reference's loop", run=_repeated(lambda: [reference_jitter(box, 640, 480) for box in plain], 1, len(boxes))),
-        Contender(
-            name="jitter_boxes",
-            run=_repeated(lambda: jitter_boxes(boxes, sizes=sizes, seed=0, epoch=0, images=images, streams=streams), 20, len(boxes)),
-        ),
+        Contender(name="jitter_boxes", run=_repeated(ours, 20, len(boxes))),
     ]
     return compare(contenders, unit="boxes/s", rounds=rounds, group="jitter, 512 boxes")
 

@@ -26,18 +26,25 @@ from torchvision.transforms import v2
 
 from benchmarks.harness import Contender, Row, compare
 from benchmarks.photographs import load_jpegs
-from orl_fast.config import ViewsConfig
+from orl_fast.config import Config
 from orl_fast.errors import DataError
+from orl_fast.methods import ORL
+from orl_fast.shards.images import decode_rgb
 from orl_fast.tables import BoxTable, PairTable
+from orl_fast.views.batch import Batch, Rows
 from orl_fast.views.cpu import CpuRenderer
+from orl_fast.views.draw import draw_plan
 from orl_fast.views.gpu import DaliRenderer
 from orl_fast.views.loader import ViewLoader
-from orl_fast.views.plan import PATCH_SIDE_PX, Rows, ViewPlan, draw_orl
-from orl_fast.views.renderer import Rendered, Renderer
+from orl_fast.views.mined import Mined
+from orl_fast.views.patches import PATCH_SIDE_PX
+from orl_fast.views.plan import ViewPlan
+from orl_fast.views.rendering import Renderer
+from orl_fast.views.sampler import Sampler
 
 _BATCH = 32
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_VIEWS = ViewsConfig()
+_VIEWS = ORL.views(Config())
 _BLUR_AND_SOLARIZE = ((1.0, 0.0), (0.1, 0.2))  # probabilities, of first and second view
 _NUM_ROIS, _NUM_NEIGHBORS = 8, 4
 types: Any = dali.types
@@ -113,24 +120,25 @@ class _Data:
         for row in used:
             if row // _NUM_ROIS != owner:
                 owner = int(row // _NUM_ROIS)
-                image = _open(self.jpegs[owner])
+                image = decode_rgb(self.jpegs[owner])
             buffer = io.BytesIO()
             patch = image.crop(tuple(self.rois.boxes[row].tolist())).resize((PATCH_SIDE_PX, PATCH_SIDE_PX), Image.Resampling.BILINEAR)
             patch.save(buffer, "JPEG", quality=95, subsampling=0)
             arrays.append(np.frombuffer(buffer.getvalue(), np.uint8))
         return replace(self, arrays=arrays, patch_rows=used)
 
-    def view(self, i: int, /) -> np.ndarray[Any, Any]:
-        return self.arrays[i]
+    def views(self, rows: Rows, /) -> list[np.ndarray[Any, Any]]:
+        return [self.arrays[row] for row in rows.tolist()]
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def __len__(self) -> int:
         return len(self.jpegs)
 
     def plan(self, rows: Rows, epoch: int) -> ViewPlan:
-        return draw_orl(
-            rows, seed=0, epoch=epoch, heights=self.heights, widths=self.widths, views=_VIEWS, rois=self.rois, pairs=self.pairs,
-            patch_rows=self.patch_rows,
-        )  # fmt: skip
+        mined = _Packed(rois=self.rois, pairs=self.pairs, stored=self.patch_rows)
+        return draw_plan(rows, _VIEWS, seed=0, epoch=epoch, heights=self.heights, widths=self.widths, mined=mined)
 
     def samples(self, num: int) -> "list[_Sample]":
         """What a common data set would hand out: two files and four boxes."""
@@ -144,6 +152,17 @@ class _Data:
                 _Sample(self.jpegs[rows[b]], self.jpegs[neighbors[b]], [tuple(box[b].tolist()) for box in boxes]) for b in range(len(rows))
             ]
         return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Packed(Mined):
+    """With patches that lie in memory."""
+
+    stored: np.ndarray[Any, Any] | None = None
+
+    @property
+    def patch_rows(self) -> np.ndarray[Any, Any]:
+        return self.stored if self.stored is not None else np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -184,8 +203,8 @@ def _ours(name: str, data: _Data, renderer: Renderer, stack: ExitStack, num_samp
                 renderer.render(data.plan(np.arange(start, start + _BATCH) % half, start))
         else:
             draw: Callable[[Rows, int], ViewPlan] = lambda rows, epoch: data.plan(rows % half, epoch)  # noqa: E731
-            num_images = max(half, _BATCH)
-            loader = ViewLoader(_Kept(renderer), draw, num_images=num_images, batch_size=_BATCH, num_steps=num_samples // _BATCH)
+            sampler = Sampler(num_images=max(half, _BATCH), micro_batch=_BATCH, seed=0)
+            loader = ViewLoader(_Kept(renderer), draw, sampler=sampler, num_steps=num_samples // _BATCH)
             with loader:
                 for _ in loader:
                     pass
@@ -202,7 +221,7 @@ class _Kept:
 
     renderer: Renderer
 
-    def render(self, plan: ViewPlan) -> Rendered:
+    def render(self, plan: ViewPlan) -> Batch:
         return self.renderer.render(plan)
 
     def close(self) -> None:
@@ -221,7 +240,7 @@ class _PilViews:
         self.patch = [transforms.Compose([transforms.Resize((96, 96)), *view]) for view in common]
 
     def __call__(self, sample: _Sample) -> list[torch.Tensor]:
-        image, neighbor = _open(sample.image), _open(sample.neighbor)
+        image, neighbor = decode_rgb(sample.image), decode_rgb(sample.neighbor)
         parents = (image, image, image, neighbor)
         patches = [parent.crop(box) for parent, box in zip(parents, sample.boxes, strict=True)]
         return [*(view(image) for view in self.image), *(self.patch[i % 2](patch) for i, patch in enumerate(patches))]
@@ -386,10 +405,6 @@ def _drain(loader: Any, num: int) -> float:
 
 def _stack(batch: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return [torch.stack(views) for views in zip(*batch, strict=True)]
-
-
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def _decode_torchvision(data: bytes) -> torch.Tensor:

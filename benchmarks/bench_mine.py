@@ -5,7 +5,6 @@ by image, compare. So every image is decoded, cropped and encoded about eleven t
 extrapolated to COCO train2017, and the arithmetic stands in the names of the rows.
 """
 
-import io
 import itertools
 import shutil
 import tempfile
@@ -22,12 +21,16 @@ from torchvision.transforms import functional
 from benchmarks.bench_filter import reference_filter
 from benchmarks.harness import Contender, Row, compare
 from benchmarks.photographs import load_jpegs
-from orl_fast.config import Config, config_to_dict, load_config
+from benchmarks.untrained import write_untrained
+from orl_fast.config import Config
+from orl_fast.cores import num_cores
+from orl_fast.mining.executor import Processes
+from orl_fast.mining.pipeline import Stage
 from orl_fast.mining.rois import open_boxes
-from orl_fast.mining.stage import Stage
-from orl_fast.models.encoder import CHECKPOINT_FORMAT, Encoder, random_encoder
+from orl_fast.models import Encoder
+from orl_fast.recipe import load_config
 from orl_fast.shards import ShardIndex, write_shards
-from orl_fast.shards.workers import num_cores
+from orl_fast.shards.images import decode_rgb
 from orl_fast.tables import NeighborTable
 
 COCO = 118_287
@@ -75,15 +78,11 @@ def _prepared(folder: Path, jpegs: list[bytes], config: Config, device: torch.de
     for i, jpeg in enumerate(jpegs):
         (folder / "photos" / f"{i:06d}.jpg").write_bytes(jpeg)
     write_shards([folder / "photos"], folder / "shards", num_workers=1)
-    encoder = random_encoder(config)
-    values = {
-        "format": CHECKPOINT_FORMAT, "method": "byol", "step": 0, "config": config_to_dict(config), "index": "", "mined": {},
-        "model": {f"online.{key}": value for key, value in encoder.state_dict().items()}, "optimizer": {}, "versions": {},
-    }  # fmt: skip
-    torch.save(values, folder / "checkpoint.pt")
+    write_untrained(folder / "checkpoint.pt", config)
     index = ShardIndex.open(folder / "shards")
     mined, checkpoint = folder / "mined", folder / "checkpoint.pt"
-    stage = Stage(index=index, folder=mined, config=config, checkpoint=checkpoint, device=device, num_workers=num_cores())
+    executor = Processes(device=device, num_workers=num_cores())
+    stage = Stage(index=index, folder=mined, config=config, checkpoint=checkpoint, executor=executor)
     stage.run(("proposals", *_STEPS))
     return stage
 
@@ -92,7 +91,7 @@ class _Reference:
     """The reference's correspondence discovery, with its data in memory as it keeps them: proposals and neighbors as lists."""
 
     def __init__(self, stage: Stage, photos: Path) -> None:
-        self._stage, self._encoder = stage, stage.encoder
+        self._stage, self._encoder = stage, stage.encoder.to(stage.executor.device)
         self._paths = [photos / name for name in stage.index.file_names]
         self._neighbors: list[list[int]] = NeighborTable.open(stage.folder / "neighbors").neighbors.tolist()
         self._boxes: list[list[list[int]]] = []
@@ -112,16 +111,15 @@ class _Reference:
 
     @torch.inference_mode()
     def _features(self, image: int) -> torch.Tensor:
-        """[R, C]: decoded, filtered, cropped and encoded anew each time the image is met."""
+        """[R, C]: decoded, filtered, cropped and encoded again each time."""
         encoder: Encoder = self._encoder
         limits = self._stage.config.mining
         kept = reference_filter(self._boxes[image], max_rois=limits.max_rois, min_side_px=limits.min_side_px)
         crops = []
-        with Image.open(io.BytesIO(self._paths[image].read_bytes())) as opened:
-            pixels = opened.convert("RGB")
+        pixels = decode_rgb(self._paths[image].read_bytes())
         for row in kept:
             x, y, w, h = self._boxes[image][row]
             crop = pixels.crop((x, y, x + w, y + h)).resize((limits.roi_size_px, limits.roi_size_px), Image.Resampling.BILINEAR)
             crops.append(functional.normalize(functional.to_tensor(crop), _MEAN, _STD))
-        batch = torch.stack(crops).to(self._stage.device, memory_format=torch.channels_last)  # as fast as the network can be fed
+        batch = torch.stack(crops).to(self._stage.executor.device, memory_format=torch.channels_last)  # as fast as the network can be fed
         return unit_length(encoder.pooled(batch), dim=1)

@@ -1,6 +1,6 @@
-"""The nearest neighbors of as many images as COCO has: all products with NumPy, faiss alone, and ours (faiss, then ranked exactly).
+"""The nearest neighbors of as many images as COCO has: all products with NumPy, faiss alone, and ours.
 
-faiss alone returns the image itself among the results, and leaves the order of near ties to its blocks and threads.
+Ours is faiss in blocks, without the image itself, which faiss alone returns among the results, and with ties ordered by row.
 """
 
 from pathlib import Path
@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import Contender, Row, compare
+from orl_fast.cores import num_cores
 from orl_fast.mining.neighbors import find_neighbors
-from orl_fast.shards.workers import num_cores
 
 COCO, DIM, NUM_NEIGHBORS = 118_287, 256, 10
 _BLOCK = 1024
 
 
 def run(source: Path | None, *, quick: bool) -> list[Row]:
-    """One group. `source` is not used: features are drawn, in clusters. About 10 minutes on two cores, seconds with `quick`."""
+    """One group. `source` is not used: features are random, in clusters. About 10 minutes on two cores, seconds with `quick`."""
     del source
     num = 12_000 if quick else COCO
     features = draw_features(num)

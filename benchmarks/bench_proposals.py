@@ -4,22 +4,20 @@
 - threads: many photographs over nogil threads of one process against one thread.
 """
 
-import io
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
-import PIL.Image
 from numpy.typing import NDArray
 
 from benchmarks.harness import Contender, Row, compare
 from benchmarks.photographs import load_jpegs
-from orl_fast.mining.proposals import Backend, selective_search
-from orl_fast.shards.workers import num_cores
+from orl_fast.cores import num_cores
+from orl_fast.selective_search import Backend, one_opencv_thread, selective_search
+from orl_fast.shards.images import decode_rgb
 
 Image = NDArray[np.uint8]
 
@@ -27,17 +25,12 @@ Image = NDArray[np.uint8]
 def run(source: Path | None, *, quick: bool) -> list[Row]:
     """Rows in the groups proposals and threads."""
     photos = [_decode(jpeg) for jpeg in load_jpegs(source, limit=3 if quick else 32)]
-    num_threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
+    with one_opencv_thread():
         return _per_core(photos) + _threads(photos, rounds=2 if quick else 5)
-    finally:
-        cv2.setNumThreads(num_threads)
 
 
 def _decode(jpeg: bytes) -> Image:
-    with PIL.Image.open(io.BytesIO(jpeg)) as image:
-        return np.array(image.convert("RGB"), np.uint8)
+    return np.array(decode_rgb(jpeg), np.uint8)
 
 
 def _per_core(photos: list[Image]) -> list[Row]:

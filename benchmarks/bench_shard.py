@@ -146,7 +146,7 @@ def _read(photos: Path, folder: Path, *, rounds: int) -> list[Row]:
         return sum(1 for _ in samples())
 
     index, small = ShardIndex.open(folder / "shards-of-256"), ShardIndex.open(folder / "shards-of-8")
-    maps = f"{small.num_shards} shards, at most {reader_module._MAX_OPEN_MAPS} mapped"
+    maps = f"{small.num_shards} shards, at most {reader_module._max_open_maps()} mapped"
     with ShardReader(index) as reader, ShardReader(small) as small_reader:
         contenders = [
             Contender(name="open(path).read()", run=partial(reading, lambda i: paths[i].read_bytes())),

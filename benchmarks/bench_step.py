@@ -19,15 +19,18 @@ from torch import Tensor
 
 from benchmarks.harness import Contender, Row, compare
 from benchmarks.photographs import load_jpegs
-from orl_fast.config import Config, load_config, with_overrides
+from orl_fast.config import Config
+from orl_fast.distributed import Ranks
 from orl_fast.methods import ORL
+from orl_fast.recipe import load_config, with_overrides
 from orl_fast.shards import ShardIndex, write_shards
-from orl_fast.tables import PairTable, RoiTable
-from orl_fast.train.distributed import Ranks
+from orl_fast.tables import BoxTable, PairTable
 from orl_fast.train.metrics import Meter
 from orl_fast.train.step import TrainStep
 from orl_fast.train.upload import on_device
-from orl_fast.views.loader import ViewLoader, Views
+from orl_fast.views.batch import Batch
+from orl_fast.views.loader import ViewLoader
+from orl_fast.views.mined import Mined
 
 _NUM_ROIS = 10
 
@@ -54,9 +57,14 @@ def _feeding(config: Config, source: Path | None, *, ranks: Ranks, num_steps: in
     fixed = synthetic_views(config, device=ranks.device)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         index = _packed(source, Path(folder), num_images=4 * batch)
-        rois, pairs = made_up_tables(index)
+        mined, seed = made_up_tables(index), config.train.seed
         both, alone = (
-            stack.enter_context(ViewLoader.open(index, config=config, rois=rois, pairs=pairs, device=ranks.device)) for _ in range(2)
+            stack.enter_context(
+                ViewLoader.open(
+                    index, ORL.views(config), batch_size=batch, seed=seed, mined=mined, loader=config.loader, device=ranks.device
+                )
+            )
+            for _ in range(2)
         )
 
         def load() -> float:
@@ -123,7 +131,7 @@ def _updates(config: Config, *, ranks: Ranks, rounds: int, repeats: int = 10) ->
 
     def update() -> None:
         ours.optimizer.step()
-        ours.method.after_step(momentum=0.99)
+        ours.method.after_step(0, 100)
 
     contenders = [contender("one parameter after the other", update_plainly), contender("fused SGD, foreach average", update)]
     return compare(contenders, unit="updates/s", rounds=rounds, group="update of weights and target")
@@ -141,15 +149,15 @@ class _OurStep:
         )
         self._step.connect()
 
-    def run(self, batches: Iterator[Views], num_steps: int) -> float:
+    def run(self, batches: Iterator[Batch], num_steps: int) -> float:
         """The images that it took."""
         for step in range(num_steps):
-            self._step(batches, step=step, rate=0.0, momentum=0.99, meter=self._meter)
+            self._step(batches, step=step, num_steps=num_steps, lr=0.0, meter=self._meter)
         self._meter.read()  # waits for the device
         return num_steps * self._batch
 
 
-def _plain_step(config: Config, ranks: Ranks, views: Views, num_steps: int) -> Callable[[], float]:
+def _plain_step(config: Config, ranks: Ranks, batch: Batch, num_steps: int) -> Callable[[], float]:
     method = ORL(config).to(ranks.device)
     optimizer = torch.optim.SGD(
         [p for p in method.parameters() if p.requires_grad], lr=0.0, momentum=0.9, weight_decay=1e-4, foreach=False, fused=False
@@ -158,7 +166,7 @@ def _plain_step(config: Config, ranks: Ranks, views: Views, num_steps: int) -> C
     def run() -> float:
         for _ in range(num_steps):
             optimizer.zero_grad()
-            loss = method.loss(views)["loss"]
+            loss = method.loss(batch.views)["loss"]
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             _average_plainly(method)
@@ -174,20 +182,17 @@ def _average_plainly(method: ORL) -> None:
         target.mul_(0.99).add_(online, alpha=0.01)
 
 
-def synthetic_views(config: Config, *, device: torch.device) -> Views:
-    """Six noisy views of each image of a batch, on the device."""
-    generator = torch.Generator().manual_seed(0)
-
-    def pair(size_px: int) -> tuple[Tensor, Tensor]:
-        shape = (2, config.train.batch_size, 3, size_px, size_px)
-        first, second = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
-        return first.to(memory_format=torch.channels_last), second.to(memory_format=torch.channels_last)
-
-    image, patch = config.views.image_size_px, config.views.patch_size_px
-    return Views(image=pair(image), intra=pair(patch), inter=pair(patch), rows=np.arange(config.train.batch_size))
+def synthetic_views(config: Config, *, device: torch.device) -> Batch:
+    """ORL's views of a batch, of noise, on the device."""
+    generator, num, nothing = torch.Generator().manual_seed(0), config.train.batch_size, np.empty(0, np.int64)
+    views: dict[str, Tensor] = {}
+    for spec in ORL.views(config):
+        noise = torch.randint(0, 256, (num, 3, spec.size_px, spec.size_px), dtype=torch.uint8, generator=generator)
+        views[spec.name] = noise.to(device).to(memory_format=torch.channels_last)
+    return Batch(views=views, rows=np.arange(num), bad_rows=nothing, bad_sources=nothing)
 
 
-def made_up_tables(index: ShardIndex) -> tuple[RoiTable, PairTable]:
+def made_up_tables(index: ShardIndex) -> Mined:
     """Ten random RoIs per image, a random partner RoI of ten random neighbors: what they show does not matter to speed."""
     rng, n, r = np.random.default_rng(0), len(index), _NUM_ROIS
     size = np.stack([index.widths, index.heights], axis=1)[:, None]  # [N, 1, 2]
@@ -202,7 +207,7 @@ def made_up_tables(index: ShardIndex) -> tuple[RoiTable, PairTable]:
         partner_roi=rng.integers(0, r, n * r).astype(np.int16),
         similarities=np.ones(n * r, np.float32),
     )
-    return RoiTable(offsets=np.arange(n + 1, dtype=np.int64) * r, boxes=boxes), pairs
+    return Mined(rois=BoxTable(offsets=np.arange(n + 1, dtype=np.int64) * r, boxes=boxes), pairs=pairs)
 
 
 def _packed(source: Path | None, folder: Path, *, num_images: int) -> ShardIndex:

@@ -5,6 +5,7 @@ contender's ratio is taken within the round (its rate over the baseline's of the
 those ratios are reported. Rates are higher-is-better ("images/s", "boxes/s").
 """
 
+import importlib
 import json
 import os
 import platform
@@ -165,3 +166,30 @@ def save_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def report(name: str, source: Path | None, json_path: Path, *, quick: bool) -> None:
+    """Run bench_NAME; print its table, write JSON and, where matplotlib is installed, a picture beside it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"orl-fast bench {name}" + (" --quick" if quick else "")
+    rows: list[Row] = importlib.import_module(f"benchmarks.bench_{name}").run(source, quick=quick)
+    table = Table("", "rate (median)", "spread (IQR)", "ratio", title=title, title_justify="left")
+    group = None
+    for row in rows:
+        if row.group and row.group != group:
+            table.add_section()
+            table.add_row(f"[bold]{row.group}", "", "", "")
+        group = row.group
+        table.add_row(row.name, f"{row.median:,.4g} {row.unit}", f"{row.iqr:,.3g}", f"{row.ratio:.2f}× ± {row.ratio_iqr / 2:.2f}")
+    screen = Console()
+    Console(width=max(screen.width, 110)).print(table)  # what is piped into a file need not be narrow
+    save_json(json_path, result(title, rows))
+    picture = json_path.with_suffix(".png")
+    try:
+        save_plot(picture, title, rows)
+    except ImportError:
+        print(f"written: {json_path} (no picture: pip install 'orl-fast[bench]' brings matplotlib)")
+    else:
+        print(f"written: {json_path}, {picture}")

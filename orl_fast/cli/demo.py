@@ -1,4 +1,4 @@
-"""`orl-fast demo`: the whole method on drawn scenes, in minutes."""
+"""`orl-fast demo`: the whole method on synthetic scenes, in minutes."""
 
 import sys
 from pathlib import Path
@@ -11,19 +11,17 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-run"), show_default=True, help="Where all of it goes."
-)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo-run"), show_default=True, help="Its folder.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the scenes and of training.")
-@click.option("--fast", is_flag=True, help="A few scenes, one epoch: shows that everything works, too little to learn from.")
-@click.option("--restart", is_flag=True, help="Start anew instead of going on with what is there.")
+@click.option("--fast", is_flag=True, help="A few scenes, one epoch: a check that everything works, not a training.")
+@click.option("--restart", is_flag=True, help="Discard an existing demo and start from scratch.")
 def command(out: Path, seed: int, fast: bool, restart: bool) -> None:
     """Draw scenes, pack them, BYOL, mine, ORL, then score the features against random ones. Two cores, no GPU and no download needed.
 
     Exit code 1 if the features of BYOL or ORL do not beat random ones by a clear margin.
     """
     from orl_fast.demo.run import FAST, Demo, DemoSize, Stopped, learned_beat_random
-    from orl_fast.train.distributed import process_group
+    from orl_fast.distributed import process_group
 
     with process_group() as ranks:
         demo = Demo(folder=out, seed=seed, size=FAST if fast else DemoSize(), ranks=ranks)
@@ -32,7 +30,7 @@ def command(out: Path, seed: int, fast: bool, restart: bool) -> None:
         try:
             results = demo.run()
         except Stopped as stopped:
-            click.echo(f"Stopped; run the same command again to go on in {out}.")
+            click.echo(f"Stopped; run the same command to resume in {out}.")
             sys.exit(128 + stopped.signum)
     _show(demo, results)
     if fast:
@@ -51,23 +49,18 @@ def _show(demo: "Demo", results: dict[str, dict[str, float]]) -> None:
 
     from orl_fast.console import human_time
 
-    table = Table(title="Recognizing held-out digits by frozen features (top-1)", title_justify="left")
-    table.add_column("features")
-    table.add_column("linear probe", justify="right")
-    table.add_column("kNN", justify="right")
+    table = Table("features", "linear probe", "kNN", title="Recognizing held-out digits by frozen features (top-1)", title_justify="left")
     for name, values in results.items():
         table.add_row(name, f"{100 * values['probe']:.1f} %", f"{100 * values['knn']:.1f} %")
     console = Console(highlight=False)
-    console.print()
-    console.print(table)
-    shards, runs = demo.shards.relative_to(demo.folder), demo.run_folder("byol").parent.relative_to(demo.folder)
+    console.print("", table)
     console.print(
         f"Chance is {100 * results['random']['chance']:.1f} %. {human_time(sum(demo.times_s.values()))} in all.\n\n"
         f"In {demo.folder}/:\n"
-        f"  {demo.picture.name:<24} mined pairs, to look at\n"
-        f"  {shards!s:<24} packed scenes, with the tables of stage 2 in mined/\n"
-        f"  {runs!s:<24} runs: byol/ and orl/, each with checkpoint.pt\n"
-        f"  results.json             the table above\n\n"
+        "  pairs.png      mined pairs, to look at\n"
+        "  shards/scenes  packed scenes, with the tables of stage 2 in mined/\n"
+        "  runs/scenes    runs: byol/ and orl/, each with checkpoint.pt\n"
+        "  results.json   the table above\n\n"
         "The same on your photographs:\n"
         "  orl-fast shard PHOTOS/\n"
         "  orl-fast train --epochs 800\n"

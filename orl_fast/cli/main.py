@@ -1,4 +1,4 @@
-"""`orl-fast`: finds the verb, and turns errors that users can mend into one clear message."""
+"""`orl-fast`: finds the verb, and turns user errors into one clear message."""
 
 import difflib
 import importlib
@@ -12,15 +12,16 @@ from orl_fast.errors import OrlFastError
 VERBS = {
     "shard": "Pack image folders into WebDataset shards.",
     "verify": "Check packed shards.",
-    "train": "Pre-train: BYOL (stage 1), then ORL (stage 3).",
+    "train": "Pre-train: BYOL (stage 1), ORL (stage 3) and other methods.",
     "mine": "Find neighbors and corresponding RoIs (stage 2).",
-    "eval": "Score a backbone: linear probe, kNN.",
+    "eval": "Evaluate a backbone: linear probe, kNN.",
     "show": "Draw pictures: mined pairs, augmented views.",
-    "info": "Tell what a folder, table, checkpoint or this machine is.",
-    "export": "Write mined results in the reference's JSON formats.",
-    "import": "Use mined results of the reference.",
+    "info": "Show information about a dataset, table, checkpoint or this machine.",
+    "proposals": "Object proposals (selective search) of any images, as JSON.",
+    "export": "Write mined tables in the reference implementation's JSON formats.",
+    "import": "Use mined tables of the reference implementation.",
     "bench": "Measure speed against baselines.",
-    "demo": "The whole method on drawn scenes, in minutes.",
+    "demo": "The whole method on synthetic scenes, in minutes.",
 }
 
 
@@ -51,14 +52,14 @@ class _Verbs(click.Group):
 
 @click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="orl-fast", prog_name="orl-fast")
-@click.option("-v", "--verbose", is_flag=True, help="Tell more.")
-@click.option("-q", "--quiet", is_flag=True, help="Tell only warnings and results.")
+@click.option("-v", "--verbose", is_flag=True, help="Verbose output.")
+@click.option("-q", "--quiet", is_flag=True, help="Warnings and results only.")
 def cli(verbose: bool, quiet: bool) -> None:
-    """Object-level representation learning (ORL) on folders of photographs.
+    """Object-level representation learning (ORL) on folders of images.
 
     \b
     A whole run:
-      orl-fast shard coco/          pack the photographs
+      orl-fast shard coco/          pack the images
       orl-fast train --epochs 800   stage 1: BYOL
       orl-fast mine                 stage 2: corresponding RoIs
       orl-fast train --epochs 800   stage 3: ORL
@@ -80,13 +81,13 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("Interrupted. Run the same command again: it goes on where it stopped.", err=True)
+        click.echo("Interrupted. Run the same command to resume.", err=True)
         sys.exit(130)
     except OrlFastError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of our output (head, less) is gone; what follows has no one to read it.
+        # The reader of our output (head, less) is gone; nobody reads what follows.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 

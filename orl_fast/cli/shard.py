@@ -19,10 +19,10 @@ def command(
 
     SRC is a COCO folder (its train2017, with the annotation file's order and ids), one of its split folders, or any folder of jpg, png,
     webp, bmp and tif images, however nested. Several are packed one after another. Every image is decoded once; original JPEG bytes are
-    kept, odd images are re-encoded, bad ones are set aside with the reason. A run that was stopped goes on where it stopped.
+    kept, images of other kinds are re-encoded, unreadable ones are quarantined with the reason. Run the same command again to resume.
     """
-    from orl_fast.cli.places import SHARDS_HOME
     from orl_fast.files import human_bytes
+    from orl_fast.places import SHARDS_HOME
     from orl_fast.shards import write_shards
 
     folder = out or SHARDS_HOME / (sources[0].resolve().name or "images")
@@ -34,7 +34,7 @@ def command(
     if absent := sum(source.num_absent for source in manifest.sources):
         click.echo(f"  {absent} images of the annotation file are not on disk")
     if manifest.quarantined:
-        click.echo(f"  {len(manifest.quarantined)} set aside (all of them in {folder / 'manifest.json'}):")
+        click.echo(f"  {len(manifest.quarantined)} quarantined (all of them in {folder / 'manifest.json'}):")
         for entry in manifest.quarantined[:10]:
             click.echo(f"    {entry.file_name!r}: {entry.reason}")
     click.echo(f"Next: orl-fast train {folder}")

@@ -1,4 +1,4 @@
-"""`orl-fast show`: pictures of what was mined and of what is learnt from."""
+"""`orl-fast show`: pictures of mined pairs and of augmented views."""
 
 import difflib
 from pathlib import Path
@@ -34,10 +34,11 @@ def _common(function: Any) -> Any:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("pairs.png"), show_default=True)
 def pairs(shards: Path | None, images: str | None, num_images: int, seed: int, mined: Path | None, neighbors: int, out: Path) -> None:
     """Each image beside its neighbors, with the best pair's two boxes in one color."""
-    from orl_fast.cli.places import default_shards, mined_folder
+    from orl_fast.places import default_shards, mined_folder
+    from orl_fast.provenance import open_info
     from orl_fast.report import draw_grid, pair_grid, save_picture
     from orl_fast.shards import ShardIndex
-    from orl_fast.tables import PairTable, RoiTable, open_info
+    from orl_fast.tables import BoxTable, PairTable
 
     index = ShardIndex.open(default_shards(shards))
     mined = mined or mined_folder(index.path)
@@ -45,7 +46,7 @@ def pairs(shards: Path | None, images: str | None, num_images: int, seed: int, m
     for kind in ("rois", "pairs"):
         open_info(mined / kind, kind, made_from={"index": index.fingerprint}, remedy=remedy)
     chosen = _choose(index, images, num_images=num_images, seed=seed)
-    tables = RoiTable.open(mined / "rois"), PairTable.open(mined / "pairs")
+    tables = BoxTable.open(mined / "rois"), PairTable.open(mined / "pairs")
     grid = pair_grid(index, *tables, images=chosen, num_neighbors=neighbors, title=f"Corresponding RoIs of {index.path.resolve().name}")
     save_picture(draw_grid(grid), out)
     click.echo(f"{out}: {len(chosen)} images with their first neighbors")
@@ -53,8 +54,8 @@ def pairs(shards: Path | None, images: str | None, num_images: int, seed: int, m
 
 @command.command()
 @_common
-@click.option("--method", type=click.Choice(["byol", "orl"]), help="Whose views [default: ORL's once pairs are mined, else BYOL's].")
-@click.option("--recipe", help="A shipped recipe or a TOML file [default: that of the run of this method, else coco-r50].")
+@click.option("--method", help="The method whose views are drawn [default: the stage that comes next].")
+@click.option("--recipe", help="A shipped recipe or a TOML file [default: that of the run of this method, else the method's].")
 @click.option("--epoch", type=click.IntRange(min=0), default=0, show_default=True, help="The epoch whose views are drawn.")
 @click.option("--renderer", type=click.Choice(["cpu", "reference", "gpu", "dali-cpu"]), default="cpu", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("views.png"), show_default=True)
@@ -73,41 +74,25 @@ def views(
     """Each image with its crop boxes, and its views as a training with this seed and recipe sees them."""
     import numpy as np
 
-    from orl_fast.cli.places import default_shards, mined_folder, run_folder
-    from orl_fast.config import load_config, with_overrides
-    from orl_fast.errors import DataError
-    from orl_fast.report import draw_grid, save_picture, view_grid
-    from orl_fast.shards import ShardIndex, ShardReader
-    from orl_fast.train.distributed import process_group
-    from orl_fast.train.stage import mined_overrides, next_method, open_mined
-    from orl_fast.views.plan import draw_byol, draw_orl
-    from orl_fast.views.renderer import choose_renderer
+    from orl_fast.console import log
+    from orl_fast.distributed import process_group
+    from orl_fast.methods import METHODS
+    from orl_fast.places import default_shards
+    from orl_fast.report import draw_grid, render_views, save_picture, view_grid
+    from orl_fast.shards import ShardIndex
+    from orl_fast.train.run import choose_run
 
     index = ShardIndex.open(default_shards(shards))
-    mined = mined or mined_folder(index.path)
-    method = method or next_method(index, mined)[0]
-    earlier = run_folder(index.path, method) / "recipe.toml"
-    overrides = [f"loader.renderer={renderer}", *(mined_overrides(mined) if method == "orl" else ())]
-    config = with_overrides(load_config(recipe or (earlier if earlier.is_file() else "coco-r50")), overrides)
-    rows = np.array(_choose(index, images, num_images=num_images, seed=seed), np.int64)
-    common: dict[str, Any] = {"seed": seed, "epoch": epoch, "heights": index.heights, "widths": index.widths, "views": config.views}
-    if method == "orl":
-        tables = open_mined(index, mined, config)
-        plan = draw_orl(rows, **common, rois=tables.rois, pairs=tables.pairs, compat=config.compat)
-    else:
-        plan = draw_byol(rows, **common)
-    with process_group() as ranks, ShardReader(index) as reader:
-        drawer = choose_renderer(reader, config.loader, trial=plan, device=ranks.device, num_threads=ranks.num_threads)
-        try:
-            rendered = drawer.render(plan)
-        finally:
-            drawer.close()
-    if len(rendered.bad_rows):
-        raise DataError(f"{index.path}: image {index.keys[int(rendered.bad_rows[0])]} cannot be decoded; run orl-fast verify")
-    batches = [batch.cpu().numpy() for batch in rendered.batches]
-    title = f"Views of {method.upper()}: epoch {epoch}, seed {seed}, {renderer} renderer"
-    save_picture(draw_grid(view_grid(index, plan, batches, title=title)), out)
-    click.echo(f"{out}: {len(rows)} images, {len(plan.slots)} views each")
+    run = choose_run(index, method=method, recipe=recipe, mined=mined, say=log.debug)
+    specs, rows = METHODS[run.method].views(run.config), np.array(_choose(index, images, num_images=num_images, seed=seed), np.int64)
+    with process_group() as ranks:
+        plan, batch = render_views(
+            index, rows, specs, seed=seed, epoch=epoch, mined=run.mined, loader=run.config.loader, kind=renderer, device=ranks.device
+        )
+    title = f"Views of {run.method.upper()}: epoch {epoch}, seed {seed}, {renderer} renderer"
+    patches = run.mined.patches if run.mined else None
+    save_picture(draw_grid(view_grid(index, plan, batch, specs=specs, title=title, patches=patches)), out)
+    click.echo(f"{out}: {len(rows)} images, {len(specs)} views each")
 
 
 def _choose(index: "ShardIndex", names: str | None, *, num_images: int, seed: int) -> list[int]:

@@ -14,8 +14,8 @@ def command(folder: Path | None, fast: bool, decode: bool, workers: int | None) 
     """Check a packed FOLDER: checksums, tar files, index, and whether mined pairs are aligned. Exit code 1 if anything is wrong."""
     if fast and decode:
         raise click.UsageError("--fast reads no images, --decode reads them all; choose one")
-    from orl_fast.cli.places import default_shards
     from orl_fast.errors import DataError
+    from orl_fast.places import default_shards
     from orl_fast.shards.index import ShardIndex
     from orl_fast.shards.verify import verify_shards
 
@@ -25,6 +25,6 @@ def command(folder: Path | None, fast: bool, decode: bool, workers: int | None) 
         click.echo(f"{file}: {message}")
     if faults:
         files = len({file for file, _ in faults})
-        raise DataError(f"{path}: {files} files are at fault; restore them, or pack the images again with orl-fast shard --overwrite")
+        raise DataError(f"{path}: {files} files are damaged; restore them, or pack the images again with orl-fast shard --overwrite")
     index = ShardIndex.open(path)
     click.echo(f"{path}: {len(index)} images in {index.num_shards} shards are as they were packed ({index.fingerprint})")

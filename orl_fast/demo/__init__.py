@@ -1,1 +1,1 @@
-"""The whole method in minutes: scenes drawn on the spot, packed, BYOL, mined, ORL, and a fair check at the end."""
+"""The whole method in minutes: synthetic scenes, packed, BYOL, mined, ORL, and a fair check at the end."""

@@ -1,6 +1,6 @@
 """The demo's stages, each by the functions that the commands use: draw, pack, BYOL, mine, ORL, evaluate, pictures.
 
-What a stage has done stays done: run again, it goes on where it stopped, as each of these functions does by itself.
+Finished work is kept: run again, the demo resumes, as each of these functions does by itself.
 """
 
 import json
@@ -13,21 +13,26 @@ from pathlib import Path
 
 import numpy as np
 
-from orl_fast.config import Config, load_config, with_overrides
+from orl_fast.config import Config
 from orl_fast.console import human_time, log
 from orl_fast.demo.scenes import write_scenes
+from orl_fast.distributed import Ranks
 from orl_fast.errors import StaleError
-from orl_fast.evals import LabelledData, encode_labelled, knn, linear_probe, open_labelled, with_test
+from orl_fast.evals import Context
+from orl_fast.evals.features import encode_labelled
+from orl_fast.evals.knn import knn
+from orl_fast.evals.labels import LabelledOptions
+from orl_fast.evals.probe import linear_probe
 from orl_fast.files import write_json
-from orl_fast.mining.stage import Stage
-from orl_fast.models import Encoder, load_encoder
-from orl_fast.models.encoder import random_encoder
+from orl_fast.mining.executor import Processes
+from orl_fast.mining.pipeline import Stage
+from orl_fast.models import Encoder, load_encoder, random_encoder
+from orl_fast.recipe import load_config, with_overrides
 from orl_fast.report import draw_grid, pair_grid, save_picture
 from orl_fast.shards import ShardIndex, write_shards
-from orl_fast.tables import PairTable, RoiTable
-from orl_fast.train.distributed import Ranks
+from orl_fast.tables import BoxTable, PairTable
 from orl_fast.train.loop import train
-from orl_fast.train.stage import open_mined
+from orl_fast.train.mined import open_mined
 
 # Three losses are summed in stage 3: it takes half of stage 1's rate, and fewer epochs, which cost twice as much.
 ORL_LR_PER_256 = 0.8
@@ -97,7 +102,7 @@ class Demo:
         Returns:
             For "random", "BYOL" and "ORL": "probe" and "knn", top-1 on held-out labelled digits; 0 to 1.
         Raises:
-            Stopped: by SIGINT or SIGTERM; the same call goes on.
+            Stopped: by SIGINT or SIGTERM; the same call resumes.
             StaleError: the folder holds a demo of another seed or size.
         """
         start_s = time.monotonic()
@@ -124,8 +129,7 @@ class Demo:
                 folder=self.shards / "mined",
                 config=config,
                 checkpoint=self.run_folder("byol"),
-                device=self.ranks.device,
-                num_workers=self.ranks.num_threads,
+                executor=Processes(device=self.ranks.device, num_workers=self.ranks.num_threads),
             ).run()
         with self._stage("stage 3: ORL", start_s):
             changes = [f"train.epochs={self.size.orl_epochs}", f"optim.lr_per_256={ORL_LR_PER_256}"]
@@ -137,10 +141,10 @@ class Demo:
         return results
 
     def _claim_folder(self) -> None:
-        told, settings = self.folder / "demo.json", {"seed": self.seed, **asdict(self.size)}
-        if told.is_file() and json.loads(told.read_text()) != settings:
+        settings_file, settings = self.folder / "demo.json", {"seed": self.seed, **asdict(self.size)}
+        if settings_file.is_file() and json.loads(settings_file.read_text()) != settings:
             raise StaleError(f"{self.folder}: holds a demo of another seed or size; use --restart to replace it, or another --out")
-        write_json(told, settings)
+        write_json(settings_file, settings)
 
     @contextmanager
     def _stage(self, name: str, start_s: float) -> Iterator[None]:
@@ -166,25 +170,26 @@ class Demo:
         }
         file = self.folder / "results.json"
         known = json.loads(file.read_text()) if file.is_file() else {}
-        data = with_test(open_labelled(scenes / "labelled"), open_labelled(scenes / "test"))
         results = {}
         for name, load in encoders.items():
             encoder = load()
             if known.get(name, {}).get("encoder") != encoder.fingerprint:
-                known[name] = {"encoder": encoder.fingerprint, **self._score(encoder, data)}
+                known[name] = {"encoder": encoder.fingerprint, **self._score(encoder, scenes)}
                 write_json(file, known)
             results[name] = {kind: known[name][kind] for kind in ("probe", "knn", "chance")}
         return results
 
-    def _score(self, encoder: Encoder, data: LabelledData) -> dict[str, float]:
-        features = encode_labelled(encoder, data, size_px=PROBE_SIZE_PX, device=self.ranks.device, num_threads=self.ranks.num_threads)
-        probe = linear_probe(features.train, features.test, cost=PROBE_COST)
-        return {"probe": probe["top1"], "knn": knn(features.train, features.test)["top1"], "chance": probe["chance"]}
+    def _score(self, encoder: Encoder, scenes: Path) -> dict[str, float]:
+        options = LabelledOptions(test=scenes / "test", size_px=PROBE_SIZE_PX)
+        context = Context(device=self.ranks.device, num_threads=self.ranks.num_threads)
+        train, test = encode_labelled(encoder, scenes / "labelled", options, context)
+        probe = linear_probe(train, test, cost=PROBE_COST)
+        return {"probe": probe["top1"], "knn": knn(train, test)["top1"], "chance": probe["chance"]}
 
     def _draw_pairs(self, index: ShardIndex) -> None:
         mined = self.shards / "mined"
         images = np.sort(np.random.default_rng(self.seed).permutation(len(index))[:_PICTURED]).tolist()
-        tables = RoiTable.open(mined / "rois"), PairTable.open(mined / "pairs")
+        tables = BoxTable.open(mined / "rois"), PairTable.open(mined / "pairs")
         save_picture(
             draw_grid(pair_grid(index, *tables, images=images, num_neighbors=4, title="Corresponding RoIs of the demo")), self.picture
         )

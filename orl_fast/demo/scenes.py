@@ -1,11 +1,11 @@
-"""Scenes to learn from, drawn on the spot: handwritten digits on blurred photographs, all from data inside scikit-learn.
+"""Synthetic scenes to learn from: handwritten digits on blurred photographs, all from data inside scikit-learn.
 
 A scene has a theme: a hue, a region of a photograph, and two digit classes that most of its digits come from. So scenes that look alike
 hold alike objects, which is what ORL's stage 2 looks for. The labelled scenes, which only evaluations see, have no themes; those
 that test hold digits that nothing was trained on.
 
 Colors vary within a scene: each digit has its own, the background runs from the theme's hue to another. Views that differ in color then
-teach what random features lack. A color or texture that a whole scene shares is all that BYOL needs to know it by; digits stay unlearnt.
+teach what random features lack. A color or texture that a whole scene shares is all that BYOL needs to know it by; digits stay unlearned.
 """
 
 import colorsys
@@ -193,8 +193,8 @@ def write_scenes(folder: Path, *, num_scenes: int, seed: int, held_out_digits: b
         labelled: scenes without themes, for evaluations; otherwise themed scenes to learn from.
     """
     settings = {"num_scenes": num_scenes, "seed": seed, "held_out_digits": held_out_digits, "labelled": labelled}
-    told = folder / "scenes.json"
-    if told.is_file() and json.loads(told.read_text()) == settings:
+    about = folder / "scenes.json"
+    if about.is_file() and json.loads(about.read_text()) == settings:
         return
     painter = ScenePainter(seed=seed, held_out_digits=held_out_digits, themed=not labelled)
     images: list[dict[str, object]] = []

@@ -1,22 +1,31 @@
-"""Pictures of what was mined and of what is learnt from: images in rows, boxes and borders in colors that belong together."""
+"""Pictures of what was mined and of what training sees: images in rows, boxes and borders in colors that belong together."""
 
 import io
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from orl_fast.config import LoaderConfig
 from orl_fast.errors import DataError
 from orl_fast.files import atomic_file
 from orl_fast.shards import ShardIndex, ShardReader
-from orl_fast.tables import PairTable, RoiTable
-from orl_fast.views.plan import Slot, ViewPlan
+from orl_fast.tables import BoxTable, PairTable
+from orl_fast.views.batch import Batch, Rows
+from orl_fast.views.choose import open_renderer, open_source
+from orl_fast.views.draw import draw_plan
+from orl_fast.views.mined import Mined
+from orl_fast.views.patches import PatchStore
+from orl_fast.views.plan import ViewPlan
+from orl_fast.views.specs import PairPartner, ViewSpec
 
-# Told apart by color-blind readers too (Okabe and Ito), yellow left out because it drowns in photographs; more than seven repeat.
+# Distinct for color-blind readers too (Okabe and Ito), without yellow, which is lost on photographs; more than seven repeat.
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2", "#7F3C8D")
 _CELL_PX = 240
 _GAP_PX = 14
@@ -55,15 +64,15 @@ def draw_grid(grid: Grid) -> Image.Image:
     heights_px = [max(image.height for image in row) for row in fitted]
     caption_px = _TEXT_PX + 10
     top_px = _MARGIN_PX + _TITLE_PX + 10 + _TEXT_PX + 22 + _HEAD_PX + 10
-    text_px = max(_font(_TITLE_PX, bold=True).getlength(grid.title), _font(_TEXT_PX).getlength(grid.note))
+    text_px = max(_font(_TITLE_PX).getlength(grid.title), _font(_TEXT_PX).getlength(grid.note))
     width_px = max(columns * (_CELL_PX + _GAP_PX) - _GAP_PX, int(text_px) + 1) + 2 * _MARGIN_PX
     height_px = top_px + sum(heights_px) + len(heights_px) * (caption_px + _GAP_PX) - _GAP_PX + _MARGIN_PX
     canvas = Image.new("RGB", (width_px, height_px), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN_PX, _MARGIN_PX), grid.title, _INK, _font(_TITLE_PX, bold=True), anchor="lt")
+    draw.text((_MARGIN_PX, _MARGIN_PX), grid.title, _INK, _font(_TITLE_PX), anchor="lt")
     draw.text((_MARGIN_PX, _MARGIN_PX + _TITLE_PX + 10), grid.note, _FAINT_INK, _font(_TEXT_PX), anchor="lt")
     for column, heading in enumerate(grid.headings):
-        draw.text((_column_px(column) + _CELL_PX // 2, top_px - 10), heading, _INK, _font(_HEAD_PX, bold=True), anchor="ms")
+        draw.text((_column_px(column) + _CELL_PX // 2, top_px - 10), heading, _INK, _font(_HEAD_PX), anchor="ms")
     y = top_px
     for row, images, row_px in zip(grid.rows, fitted, heights_px, strict=True):
         for column, (cell, image) in enumerate(zip(row, images, strict=True)):
@@ -82,7 +91,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def pair_grid(
-    index: ShardIndex, rois: RoiTable, pairs: PairTable, *, images: Sequence[int], num_neighbors: int, title: str = "Corresponding RoIs"
+    index: ShardIndex, rois: BoxTable, pairs: PairTable, *, images: Sequence[int], num_neighbors: int, title: str = "Corresponding RoIs"
 ) -> Grid:
     """Each image and its first neighbors: the best pair's two boxes in one color, with their similarity (ORL, figures 3 and 5).
 
@@ -111,73 +120,91 @@ def pair_grid(
     return grid
 
 
-def view_grid(index: ShardIndex, plan: ViewPlan, batches: Sequence[NDArray[np.uint8]], *, title: str) -> Grid:
+def render_views(
+    index: ShardIndex,
+    rows: Rows,
+    specs: Sequence[ViewSpec],
+    *,
+    seed: int,
+    epoch: int,
+    mined: Mined | None,
+    loader: LoaderConfig,
+    kind: str,
+    device: torch.device,
+) -> tuple[ViewPlan, Batch]:
+    """Draw and render the views of some images, as a training does.
+
+    Raises:
+        DataError: an image cannot be decoded.
+    """
+    plan = draw_plan(rows, specs, seed=seed, epoch=epoch, heights=index.heights, widths=index.widths, mined=mined)
+    with (
+        closing(open_source(index, loader, patches=mined.patches if mined else None)) as source,
+        closing(open_renderer(kind, source, loader, device=device)) as renderer,
+    ):
+        batch = renderer.render(plan)
+    if len(batch.bad_rows):
+        raise DataError(f"{index.path}: image {index.keys[int(batch.bad_rows[0])]} cannot be decoded; run orl-fast verify")
+    return plan, batch
+
+
+def view_grid(
+    index: ShardIndex, plan: ViewPlan, batch: Batch, *, specs: Sequence[ViewSpec], title: str, patches: PatchStore | None = None
+) -> Grid:
     """Each image of a plan with its crop boxes, and its views as training sees them, in borders of the boxes' colors.
 
-    A patch that comes from a neighbor is preceded by the neighbor with its box.
+    A patch that comes from a neighbor is preceded by the neighbor with its box, or by the stored patch.
 
     Args:
-        batches: the rendered views, one array [B, 3, S, S] uint8 for each slot of the plan.
+        batch: the rendered views of all samples. specs: of the views. patches: those that the plan reads from.
     """
-    colors = [COLORS[v % len(COLORS)] for v in range(len(plan.slots))]
     headings = ["image"]
-    for slot in plan.slots:
-        headings += ["neighbor"] if _is_partner(slot) else []
-        headings.append(_SLOT_NAMES.get(slot[:2], f"{slot.term} {slot.view + 1}"))
-    note = "Boxes: what each view is cut from, in the color of its border. Below: what was done to it (σ: blur, in pixels of the view)."
+    for spec in specs:
+        headings += (["neighbor"] if isinstance(spec.source, PairPartner) else []) + [spec.name.replace("_", " ")]
+    note = "Boxes: what each view is cut from, in the color of its border. Below: what was done to it (blur: sigma in pixels of the view)."
     grid = Grid(title=title, note=note, headings=headings)
-    num_samples = len(plan.rows)
+    views = [batch.views[spec.name].cpu().numpy() for spec in specs]
     with ShardReader(index) as reader:
         for b, row in enumerate(plan.rows.tolist()):
             own: list[tuple[Box, str]] = []
             cells: list[Cell] = []
-            for v, slot in enumerate(plan.slots):
-                crop = v * num_samples + b
-                box = (plan.crops.box[crop].tolist(), colors[v])
-                if _is_partner(slot):
-                    source = int(plan.crops.source[crop])
-                    cells.append(Cell(image=_decode(reader, source), boxes=[box], caption=index.file_names[source]))
-                else:
+            for v, spec in enumerate(specs):
+                crop, color = v * len(plan.rows) + b, COLORS[v % len(COLORS)]
+                source, box = int(plan.crops.source[crop]), (plan.crops.box[crop].tolist(), color)
+                if not isinstance(spec.source, PairPartner):
                     own.append(box)
-                view = batches[v][b].transpose(1, 2, 0)
-                cells.append(Cell(image=view, border=colors[v], caption=_told(plan, crop)))
+                elif source < len(index):
+                    cells.append(Cell(image=_decode(reader, source), boxes=[box], caption=index.file_names[source]))
+                elif patches is not None:
+                    cells.append(Cell(image=_pixels(patches.view(source - len(index))), caption=f"stored patch {source - len(index)}"))
+                cells.append(Cell(image=views[v][b].transpose(1, 2, 0), border=color, caption=_changes(plan, crop)))
             grid.rows.append([Cell(image=_decode(reader, row), boxes=own, caption=index.file_names[row]), *cells])
     return grid
 
 
-_SLOT_NAMES = {
-    ("image", 0): "view 1",
-    ("image", 1): "view 2",
-    ("intra", 0): "RoI",
-    ("intra", 1): "RoI, jittered",
-    ("inter", 0): "pair, own RoI",
-    ("inter", 1): "pair, partner RoI",
-}
-
-
-def _is_partner(slot: Slot) -> bool:
-    return slot.term == "inter" and slot.view == 1
-
-
-def _told(plan: ViewPlan, crop: int) -> str:
+def _changes(plan: ViewPlan, crop: int) -> str:
     """What the plan does to a view besides cropping, in a few words."""
     crops = plan.crops
     done = [
         ("flip", crops.flip[crop]),
         ("color", (crops.factors[crop] != 1).any() or crops.hue[crop] != 0),
         ("gray", crops.grayscale[crop]),
-        (f"σ {crops.blur_sigma[crop]:.1f}", crops.blur_sigma[crop] > 0),
+        (f"blur {crops.blur_sigma[crop]:.1f}", crops.blur_sigma[crop] > 0),
         ("solarized", crops.solarize[crop]),
     ]
-    return " · ".join(word for word, is_done in done if is_done) or "as it is"
+    return " · ".join(word for word, is_done in done if is_done) or "unchanged"
 
 
 def _decode(reader: ShardReader, row: int) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(reader.read(row))) as image:
-            return np.asarray(image.convert("RGB"))
+        return _pixels(reader.view(row))
     except OSError as error:
         raise DataError(f"{reader.index.path}: image {reader.index.keys[row]} cannot be decoded ({error}); run orl-fast verify") from error
+
+
+def _pixels(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data.data)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _fit(cell: Cell) -> Image.Image:
@@ -207,13 +234,9 @@ def _column_px(column: int) -> int:
     return _MARGIN_PX + column * (_CELL_PX + _GAP_PX)
 
 
-@cache
-def _font(size_px: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it, so that a picture looks the same on a machine without fonts."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size_px)
+def _font(size_px: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, so that a picture looks the same on a machine without fonts."""
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size_px))
 
 
 def _elided(text: str, font: ImageFont.FreeTypeFont) -> str:

@@ -2,16 +2,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from orl_fast.config import ViewsConfig
-from orl_fast.report import Cell, Grid, draw_grid, pair_grid, save_picture, view_grid
+from orl_fast.config import Config, LoaderConfig, ViewsConfig
+from orl_fast.methods import METHODS
+from orl_fast.report import Cell, Grid, draw_grid, pair_grid, render_views, save_picture, view_grid
 from orl_fast.report.pictures import COLORS
-from orl_fast.shards import ShardIndex, ShardReader, write_shards
+from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, PairTable
-from orl_fast.views.plan import draw_byol, draw_orl
-from orl_fast.views.reference import ReferenceRenderer
+from orl_fast.views.mined import Mined
 
 _NUM, _K, _ROIS = 6, 3, 4
 
@@ -61,20 +62,18 @@ def test_pairs_show_the_best_pairs_boxes_in_one_color(index: ShardIndex, tables:
 
 @pytest.mark.parametrize("method", ["byol", "orl"])
 def test_views_stand_beside_the_image_they_are_cut_from(index: ShardIndex, tables: tuple[BoxTable, PairTable], method: str) -> None:
-    rois, pairs = tables
-    rows = np.array([1, 2], np.int64)
-    sizes = {"seed": 0, "epoch": 0, "heights": index.heights, "widths": index.widths}
-    views = ViewsConfig(image_size_px=32, patch_size_px=16)
-    plan = draw_byol(rows, views=views, **sizes) if method == "byol" else draw_orl(rows, views=views, rois=rois, pairs=pairs, **sizes)
-    with ShardReader(index) as reader:
-        rendered = ReferenceRenderer(reader).render(plan)
-    grid = view_grid(index, plan, [np.asarray(batch) for batch in rendered.batches], title="views")
+    rows, mined = np.array([1, 2], np.int64), Mined(rois=tables[0], pairs=tables[1])
+    specs = METHODS[method].views(Config(views=ViewsConfig(image_size_px=32, patch_size_px=16)))
+    plan, batch = render_views(
+        index, rows, specs, seed=0, epoch=0, mined=mined, loader=LoaderConfig(), kind="reference", device=torch.device("cpu")
+    )
+    grid = view_grid(index, plan, batch, specs=specs, title="views")
     assert len(grid.headings) == len(grid.rows[0]) == (3 if method == "byol" else 8)
     for b, row in enumerate(grid.rows):
         shown = [cell for cell in row if cell.border]
-        for v, cell in enumerate(shown):
-            assert np.array_equal(cell.image, np.asarray(rendered.batches[v][b]).transpose(1, 2, 0))
-            owner = row[-2] if method == "orl" and v == 5 else row[0]
+        for v, (cell, spec) in enumerate(zip(shown, specs, strict=True)):
+            assert np.array_equal(cell.image, batch.views[spec.name][b].numpy().transpose(1, 2, 0))
+            owner = row[-2] if spec.name == "partner_roi" else row[0]
             assert (plan.crops.box[v * 2 + b].tolist(), cell.border) in [(list(box), color) for box, color in owner.boxes]
 
 
