@@ -53,12 +53,19 @@ def run_in_workers(function: Callable[[Task], Result], tasks: Iterable[Task], *,
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterable[Task]) -> set[Future[Result]]:
-    """Submitting starts workers, which inherit that SIGINT is blocked: Ctrl-C reaches all processes of the group; the parent decides."""
+    """Submitting starts workers: they inherit that SIGINT is blocked (Ctrl-C is for the parent); the parent's own waits until then."""
+    interrupts: list[int] = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    in_main = threading.current_thread() is threading.main_thread()  # its handler runs whichever thread receives the signal
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number)) if in_main else None
     try:
         return {pool.submit(function, task) for task in tasks}
     finally:
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _set_up_worker() -> None:

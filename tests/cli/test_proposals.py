@@ -1,6 +1,7 @@
 """`orl-fast proposals` as a person runs it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -83,12 +84,11 @@ def test_interrupted_leaves_no_file(photos: Path, tmp_path: Path) -> None:
         (photos / f"more{i}.jpg").symlink_to("0.jpg")
     out = tmp_path / "out" / "boxes.json"
     command = [sys.executable, "-m", "orl_fast.cli.main", "proposals", str(photos), "--out", str(out), "--workers", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         while process.poll() is None and not (out.parent.is_dir() and any(out.parent.iterdir())):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: all processes of the group, workers that are just starting too
         _, stderr = process.communicate()
     assert process.returncode == 130
-    assert "Interrupted: no file was written." in stderr
-    assert "Traceback" not in stderr
+    assert stderr == "Interrupted: no file was written.\n"
     assert list(out.parent.iterdir()) == []
