@@ -1,6 +1,8 @@
 """Selective search against OpenCV's, on photographs and on images that break naive implementations."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from drawn_photos import draw_photo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from orl_fast.errors import DataError
 from orl_fast.selective_search import Backend, one_opencv_thread, selective_search
@@ -133,3 +136,13 @@ def test_one_opencv_thread_is_given_back() -> None:
         assert cv2.getNumThreads() == 3
     finally:
         cv2.setNumThreads(before)
+
+
+def test_the_documented_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "proposals.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(draw_photo(1)).save("photo.jpg", quality=95)
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(re.fullmatch(r"\d+ × \d+ px at \(\d+, \d+\)", line) for line in lines)
