@@ -1,6 +1,5 @@
 """Proposals of any images, without packing them: one COCO-like JSON file."""
 
-import io
 import json
 import math
 import zlib
@@ -14,7 +13,6 @@ from typing import Any, BinaryIO, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from orl_fast import __version__
 from orl_fast.boxes import filter_proposals
@@ -22,7 +20,7 @@ from orl_fast.console import progress
 from orl_fast.errors import DataError
 from orl_fast.files import atomic_file
 from orl_fast.selective_search import Backend, one_opencv_thread, selective_search
-from orl_fast.shards.images import BadImage, packed_image
+from orl_fast.shards.images import BadImage, decode_rgb, packed_image
 from orl_fast.shards.sources import find_sources, list_images
 from orl_fast.shards.workers import run_in_workers
 
@@ -128,8 +126,8 @@ def _search(task: tuple[int, str], *, folder: Path, seed: int, backend: Backend,
     position, file_name = task
     try:
         packed = packed_image((folder / file_name).read_bytes())
-        with Image.open(io.BytesIO(packed.jpeg)) as image, one_opencv_thread():  # images are the parallel unit
-            boxes = selective_search(np.asarray(image.convert("RGB")), seed=image_seed(file_name, seed), backend=backend)
+        with one_opencv_thread():  # images are the parallel unit
+            boxes = selective_search(np.asarray(decode_rgb(packed.jpeg)), seed=image_seed(file_name, seed), backend=backend)
     except (BadImage, DataError, MemoryError, OSError) as error:
         return _Found(position, reason=getattr(error, "strerror", None) or str(error) or "too large for the memory at hand")
     if limits:

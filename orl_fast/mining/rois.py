@@ -1,6 +1,5 @@
 """Raw proposals of each image, and the RoIs kept of them (paper, section 3.2, stage 2 ii; appendix B), shard by shard."""
 
-import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from orl_fast.boxes import filter_proposals
 from orl_fast.files import write_array
@@ -17,6 +15,7 @@ from orl_fast.mining.executor import Executor
 from orl_fast.mining.parts import join_arrays, open_part, part_path, pieces
 from orl_fast.selective_search import Backend, one_opencv_thread, selective_search
 from orl_fast.shards import ShardIndex, ShardReader
+from orl_fast.shards.images import decode_rgb
 from orl_fast.tables import BoxTable
 
 COUNTS, BOXES = "counts", "boxes"  # the arrays of a shard; counts are written last
@@ -49,8 +48,7 @@ def _propose(images: range, *, index: ShardIndex, backend: Backend, seed: int) -
     found = []
     with ShardReader(index) as reader, one_opencv_thread():  # images are the parallel unit
         for image in images:
-            with Image.open(io.BytesIO(reader.read(image))) as decoded:
-                pixels = np.asarray(decoded.convert("RGB"))
+            pixels = np.asarray(decode_rgb(reader.read(image)))
             if max(pixels.shape) > _MAX_PX:
                 found.append(np.empty((0, 4), np.int16))  # larger than boxes can hold: the filter takes the whole image
             else:
