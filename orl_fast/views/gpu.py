@@ -27,7 +27,7 @@ from orl_fast.views.rendering import ImageSource, usable_samples
 types: Any = dali.types
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
-_MAX_FAILURES = 2  # batches in a row; more are not the images' fault
+_MAX_FAILURES, _MAX_FAILURES_FIRST = 20, 2  # batches in a row, after one was rendered and before; more are not the images' fault
 _MOST = np.iinfo(np.int32).max  # trimmed to the image
 # What the graph takes for each view of a sample, and of how many axes.
 _NUM_AXES = {
@@ -44,6 +44,7 @@ class DaliRenderer:
         self._device_id = (device.index or 0) if device is not None else None
         self._lock = threading.Lock()
         self.num_on_cpu = self._num_failures = 0  # batches rendered on the CPU in all; of these the last ones in a row
+        self._max_failures = _MAX_FAILURES_FIRST
         self._shape: tuple[Any, ...] = ()
         self._pipeline: Any = None
 
@@ -54,7 +55,7 @@ class DaliRenderer:
             except RuntimeError as error:
                 batch = self._recovered(plan, error)
             else:
-                self._num_failures = 0
+                self._num_failures, self._max_failures = 0, _MAX_FAILURES
             return batch
 
     def close(self) -> None:
@@ -77,7 +78,7 @@ class DaliRenderer:
             except RuntimeError as second:
                 self._pipeline, error = None, second
         self._num_failures += 1
-        if self._num_failures > _MAX_FAILURES:
+        if self._num_failures > self._max_failures:
             raise error
         self.num_on_cpu += 1
         reason = str(error).split("\n")[0]
