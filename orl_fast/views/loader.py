@@ -11,6 +11,7 @@ import torch
 
 from orl_fast.config import LoaderConfig
 from orl_fast.console import log
+from orl_fast.errors import ConfigError
 from orl_fast.shards import ShardIndex
 from orl_fast.views.batch import Batch, Rows
 from orl_fast.views.choose import faster_renderer, open_renderer, open_source
@@ -97,9 +98,12 @@ class ViewLoader:
             device: where the views go; decides whether the GPU may render.
             num_threads: for rendering, unless `loader.num_threads` says otherwise; 0: all cores of this process.
         Raises:
-            ConfigError: the batch cannot be shared by the ranks, is larger than the data, or the renderer cannot run here.
+            ConfigError: two views share a name or a stream, the batch cannot be shared by the ranks, is larger than the data, or the
+                renderer cannot run here.
             DataError: the shards are missing or damaged. MissingStageError: a view needs RoIs and `mined` is None.
         """
+        if not len(specs) == len({spec.name for spec in specs}) == len({spec.stream for spec in specs} & set(range(1, 16))) > 0:
+            raise ConfigError(f"views {[(spec.name, spec.stream) for spec in specs]}: each needs a name and a stream, 1 to 15, of its own")
         index = shards if isinstance(shards, ShardIndex) else ShardIndex.open(shards)
         num_images, heights, widths = len(index), index.heights, index.widths
         sampler = Sampler.sharing(batch_size, num_images=num_images, world_size=world_size, accumulate=accumulate, seed=seed)

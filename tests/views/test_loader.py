@@ -258,6 +258,9 @@ def test_what_cannot_be_loaded_is_refused_at_once(packed: ShardIndex) -> None:
         ViewLoader.open(packed, image, batch_size=4, world_size=3)
     with pytest.raises(ConfigError, match="only 6 images"):
         ViewLoader.open(packed, image, batch_size=8)
+    for wrong in ({"name": "view1"}, {"stream": 1}, {"stream": 16}, {"stream": 0}):
+        with pytest.raises(ConfigError, match="each needs a name and a stream, 1 to 15, of its own"):
+            ViewLoader.open(packed, [image[0], replace(image[1], **wrong)], batch_size=4)
     with pytest.raises(MissingStageError, match="orl-fast mine"):
         ViewLoader.open(packed, specs_of(VIEWS), batch_size=4)
     with pytest.raises(ConfigError, match="no CUDA device"):
