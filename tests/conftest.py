@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from benchmarks.photographs import draw_jpeg
+from orl_fast.console import log
 from orl_fast.shards import ShardIndex, write_shards
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it; read when torch is imported
@@ -74,6 +76,14 @@ def pack(paths: list[Path], folder: Path) -> ShardIndex:
         (photos / path.name).symlink_to(path)
     write_shards([photos], folder, num_workers=1)
     return ShardIndex.open(folder)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """The command line sets up the package's log for its process; here it is shared by all tests."""
+    before = (log.handlers[:], log.level, log.propagate)
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

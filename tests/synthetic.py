@@ -11,7 +11,7 @@ from orl_fast.recipe import load_config
 from orl_fast.views import Batch
 
 SMALL = [
-    "backbone=shufflenet_v2_x0_5",
+    "backbone=resnet10_small",
     "projector_hidden=24",
     "projector_out=16",
     "predictor_hidden=24",

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -57,7 +58,9 @@ def test_it_holds_what_was_written_for_torch_and_for_others(tmp_path: Path) -> N
 
 
 def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
-    assert _write(tmp_path / "a.pt").read_bytes() == _write(tmp_path / "other name").read_bytes()
+    expected = _write(tmp_path / "a.pt").read_bytes()
+    assert _write(tmp_path / "other name").read_bytes() == expected
+    assert _write(tmp_path / "a.pt", renderer="".join(["c", "pu"]), method="".join(["by", "ol"])).read_bytes() == expected  # other objects
 
 
 def test_a_flipped_byte_anywhere_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
@@ -118,7 +121,9 @@ def test_an_error_while_writing_leaves_the_one_before(tmp_path: Path, monkeypatc
     path = _write(tmp_path / CHECKPOINT)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        _write(path, step={1, 2})  # JSON holds no sets: fails after the weights are written
+        _write(path, step={1, 2})  # JSON holds no sets
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        write_checkpoint(path, HEADER, model={"a": torch.ones(1000), "b": lambda: 0}, optimizer={})
 
     def full(*_: object, **__: object) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import click
 import pytest
@@ -11,14 +12,27 @@ from orl_fast.cli.main import VERBS, cli
 from orl_fast.errors import DataError
 
 
+def _commands(command: click.Command) -> Iterator[click.Command]:
+    yield command
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            each = command.get_command(click.Context(command), name)
+            assert each is not None
+            yield from _commands(each)
+
+
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb: str) -> None:
-    command = cli.get_command(click.Context(cli), verb)
-    assert command is not None
-    with click.Context(command, info_name=verb) as context:
-        text = command.get_help(context)
-    assert "Usage" in text
-    assert len(text) > 120
+def test_every_verb_and_option_is_explained(verb: str) -> None:
+    top = cli.get_command(click.Context(cli), verb)
+    assert top is not None
+    for command in _commands(top):
+        assert command.help
+        with click.Context(command, info_name=verb) as context:
+            text = " ".join(command.get_help(context).split())
+        for option in (parameter for parameter in command.params if isinstance(parameter, click.Option)):
+            assert option.opts[-1] in text
+            plain = isinstance(option.type, click.Choice) or option.name in ("seed", "out")
+            assert option.help or plain, f"{command.name} {option.opts}"
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -1,4 +1,4 @@
-"""Batch norm over ranks where one rank holds all; two ranks are compared with one in tests/train/test_distributed.py."""
+"""Batch norm over ranks where one rank holds all; two ranks are compared with one in tests/train/test_two_ranks.py."""
 
 from pathlib import Path
 

@@ -1,3 +1,7 @@
+"""Pictures: boxes and views stand where they belong, and nothing is clipped."""
+
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,13 +10,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from orl_fast.config import Config, LoaderConfig, ViewsConfig
+from orl_fast.config import LoaderConfig
+from orl_fast.errors import DataError
 from orl_fast.methods import METHODS
 from orl_fast.report import Cell, Grid, draw_grid, pair_grid, render_views, save_picture, view_grid
 from orl_fast.report.pictures import COLORS
 from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, PairTable
+from orl_fast.views import Batch, ViewLoader, ViewPlan, ViewSpec
 from orl_fast.views.mined import Mined
+from orl_fast.views.patches import PatchStore
+from tests.synthetic import small_config
+from tests.train.conftest import write_patches
 
 _NUM, _K, _ROIS = 6, 3, 4
 
@@ -30,7 +39,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 
 
 @pytest.fixture(scope="module")
-def tables() -> tuple[BoxTable, PairTable]:
+def tables() -> Mined:
     rng = np.random.default_rng(1)
     boxes = [np.array([[x, y, x + 30, y + 25] for x, y in rng.integers(0, 30, (_ROIS, 2))], np.int16) for _ in range(_NUM)]
     neighbors = np.array([[(i + 1 + k) % _NUM for k in range(_K)] for i in range(_NUM)], np.int64)
@@ -43,11 +52,11 @@ def tables() -> tuple[BoxTable, PairTable]:
         partner_roi=rng.integers(0, _ROIS, total).astype(np.int16),
         similarities=rng.random(total).astype(np.float32),
     )
-    return BoxTable.from_lists(boxes), pairs
+    return Mined(rois=BoxTable.from_lists(boxes), pairs=pairs, fingerprints={"rois": "r", "pairs": "p"})
 
 
-def test_pairs_show_the_best_pairs_boxes_in_one_color(index: ShardIndex, tables: tuple[BoxTable, PairTable]) -> None:
-    rois, pairs = tables
+def test_pairs_show_the_best_pairs_boxes_in_one_color(index: ShardIndex, tables: Mined) -> None:
+    rois, pairs = tables.rois, tables.pairs
     grid = pair_grid(index, rois, pairs, images=[4], num_neighbors=9)
     (query, *neighbors) = grid.rows[0]
     assert len(neighbors) == _K
@@ -60,21 +69,51 @@ def test_pairs_show_the_best_pairs_boxes_in_one_color(index: ShardIndex, tables:
         assert cell.image.shape[:2] == (index.heights[pairs.neighbors[4, k]], index.widths[pairs.neighbors[4, k]])
 
 
-@pytest.mark.parametrize("method", ["byol", "orl"])
-def test_views_stand_beside_the_image_they_are_cut_from(index: ShardIndex, tables: tuple[BoxTable, PairTable], method: str) -> None:
-    rows, mined = np.array([1, 2], np.int64), Mined(rois=tables[0], pairs=tables[1])
-    specs = METHODS[method].views(Config(views=ViewsConfig(image_size_px=32, patch_size_px=16)))
-    plan, batch = render_views(
-        index, rows, specs, seed=0, epoch=0, mined=mined, loader=LoaderConfig(), kind="reference", device=torch.device("cpu")
-    )
+def _render(index: ShardIndex, rows: list[int], tables: Mined, method: str) -> tuple[tuple[ViewSpec, ...], ViewPlan, Batch]:
+    specs = METHODS[method].views(small_config("image_size_px=32", "patch_size_px=16"))
+    options = {"seed": 3, "epoch": 1, "mined": tables, "loader": LoaderConfig(), "device": torch.device("cpu")}
+    return specs, *render_views(index, np.array(rows), specs, kind="cpu", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("method", "columns"), [("byol", 3), ("orl", 8)])
+def test_views_stand_beside_the_image_they_are_cut_from(index: ShardIndex, tables: Mined, method: str, columns: int) -> None:
+    specs, plan, batch = _render(index, [1, 2], tables, method)
     grid = view_grid(index, plan, batch, specs=specs, title="views")
-    assert len(grid.headings) == len(grid.rows[0]) == (3 if method == "byol" else 8)
+    assert len(grid.headings) == len(grid.rows[0]) == columns
     for b, row in enumerate(grid.rows):
         shown = [cell for cell in row if cell.border]
-        for v, (cell, spec) in enumerate(zip(shown, specs, strict=True)):
+        for v, (spec, cell) in enumerate(zip(specs, shown, strict=True)):
             assert np.array_equal(cell.image, batch.views[spec.name][b].numpy().transpose(1, 2, 0))
             owner = row[-2] if spec.name == "partner_roi" else row[0]
             assert (plan.crops.box[v * 2 + b].tolist(), cell.border) in [(list(box), color) for box, color in owner.boxes]
+    assert grid.headings[1] == "view1"
+
+
+def test_the_views_shown_are_those_of_a_training(index: ShardIndex, tables: Mined) -> None:
+    specs = METHODS["orl"].views(small_config("image_size_px=32", "patch_size_px=16"))
+    with ViewLoader.open(index, specs, batch_size=2, seed=3, mined=tables, start_step=_NUM // 2, num_steps=1) as loader:
+        expected = next(loader)  # the first batch of epoch 1
+    _, _, found = _render(index, expected.rows.tolist(), tables, "orl")
+    assert all(torch.equal(found.views[name], view) for name, view in expected.views.items())
+
+
+def test_a_stored_patch_is_shown_as_itself(index: ShardIndex, tables: Mined, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (128, 128), (200, 30, 30)).save(buffer, "JPEG")
+    write_patches(tmp_path, tables, buffer.getvalue())
+    patched = replace(tables, patches=PatchStore.open(tmp_path / "patches", made_from=tables.fingerprints))
+    specs, plan, batch = _render(index, [1], patched, "orl")
+    grid = view_grid(index, plan, batch, specs=specs, title="views", patches=patched.patches)
+    assert len(grid.rows[0]) == len(grid.headings) == 8
+    stored = grid.rows[0][-2]
+    assert stored.caption.startswith("stored patch ")
+    assert np.abs(stored.image.astype(int) - [200, 30, 30]).max() < 4
+
+
+def test_an_image_that_cannot_be_decoded_is_named(index: ShardIndex, tables: Mined, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orl_fast.shards.ShardReader.views", lambda _, rows: [np.zeros(50, np.uint8)] * len(rows))
+    with pytest.raises(DataError, match=f"image {index.keys[1]} cannot be decoded; run orl-fast verify"):
+        _render(index, [1], tables, "byol")
 
 
 def _has(picture: Image.Image, color: str) -> bool:

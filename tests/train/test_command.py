@@ -1,4 +1,4 @@
-"""`orl-fast train` as a person runs it, and which run it chooses."""
+"""`orl-fast train` on tables and patches as stage 2 makes and replaces them."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from orl_fast.checkpoint import read_checkpoint, read_header
 from orl_fast.cli.main import cli
 from orl_fast.console import log
-from orl_fast.errors import ConfigError, OrlFastError, StaleError
+from orl_fast.errors import OrlFastError, StaleError
 from orl_fast.mining.executor import Processes
 from orl_fast.mining.patches import join_patches, pack_shards
 from orl_fast.provenance import TableInfo, activate, new_table, table_info
@@ -58,37 +58,6 @@ def _train(*arguments: str) -> Result:
     return result
 
 
-def test_stages_follow_one_another_and_runs_resume(home: Path) -> None:
-    first = _train(*RECIPE, "--max-steps", "4")
-    assert "Stopped after step 4 of 6, saved in runs/twelve/byol; run the same command to resume." in first.output
-    assert first.exit_code == 0
-    done = _train(*RECIPE)
-    assert "byol is finished: 6 steps, runs/twelve/byol/checkpoint.pt. Next: orl-fast mine shards/twelve" in done.output
-    assert "byol was already finished" in _train().output  # its own configuration, without a word of it
-    _mine(home)
-    stage_3 = _train("--epochs", "1")
-    assert "orl is finished: 3 steps, runs/twelve/orl/checkpoint.pt. Next: orl-fast eval probe" in stage_3.output
-    header = read_header(home / "runs" / "twelve" / "orl" / "checkpoint.pt")
-    assert header["config"]["model"]["backbone"] == "resnet10_small"  # stage 1's recipe
-    assert header["config"]["mining"]["num_neighbors"] == 3  # as the pairs were mined
-    assert set(header["mined"]) == {"rois", "pairs"}
-
-
-def test_a_run_is_resumed_with_its_own_configuration(home: Path) -> None:
-    """Mined with three neighbors, trained with one."""
-    _mine(home)
-    arguments = ["--method", "orl", *RECIPE, "--set", "mining.num_neighbors=1"]
-    assert _train(*arguments, "--max-steps", "2").exit_code == 0
-    resumed = _train("--method", "orl")
-    assert "orl is finished: 6 steps" in resumed.output
-    assert read_header(home / "runs" / "twelve" / "orl" / "checkpoint.pt")["config"]["mining"]["num_neighbors"] == 1
-    other = _train("--method", "orl", "--set", "lr_per_256=0.9")
-    assert isinstance(other.exception, StaleError)
-    assert "optim.lr_per_256 = 0.2 then, 0.9 now" in str(other.exception)
-    assert "--restart" in str(other.exception)
-    assert _train("--method", "orl", *RECIPE, "--set", "lr_per_256=0.9", "--restart", "--max-steps", "1").exit_code == 0
-
-
 def test_patches_packed_while_a_run_exists_do_not_stop_it(home: Path) -> None:
     _mine(home)
     arguments = ["--method", "orl", *RECIPE]
@@ -117,30 +86,6 @@ def test_a_run_is_resumed_with_the_tables_it_began_with(home: Path) -> None:
         assert str(one) == str(other)
     shutil.rmtree(next(mined.glob("pairs@*")))
     assert isinstance(_train("--method", "orl").exception, StaleError)
-
-
-def test_the_image_level_alone_needs_no_pairs(home: Path) -> None:
-    weights = ["--set", "orl.intra_weight=0", "--set", "orl.inter_weight=0"]
-    assert "orl is finished: 6 steps" in _train("--method", "orl", *RECIPE, *weights).output
-    assert read_header(home / "runs" / "twelve" / "orl" / "checkpoint.pt")["mined"] == {}
-
-
-def test_another_renderer_is_refused_and_the_own_one_kept(home: Path) -> None:
-    assert _train(*RECIPE, "--max-steps", "2", "--renderer", "reference").exit_code == 0
-    assert read_header(home / "runs" / "twelve" / "byol" / "checkpoint.pt")["renderer"] == "reference"
-    refused = _train(*RECIPE, "--renderer", "cpu")
-    assert isinstance(refused.exception, StaleError)
-    assert "leave --renderer out" in str(refused.exception) or "loader.renderer" in str(refused.exception)
-    assert "byol is finished" in _train().output
-    assert read_header(home / "runs" / "twelve" / "byol" / "checkpoint.pt")["renderer"] == "reference"
-
-
-def test_wrong_names_are_explained(home: Path) -> None:
-    unknown = _train("--method", "byoll")
-    assert isinstance(unknown.exception, ConfigError)
-    assert "use one of byol, orl" in str(unknown.exception)
-    assert "did you mean 'train.epochs'" in str(_train("--set", "train.epoch=3").exception)
-    assert not (home / "runs").exists()
 
 
 def test_patches_of_a_folder_that_is_replaced_are_read_on(home: Path) -> None:

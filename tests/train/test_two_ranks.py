@@ -1,37 +1,35 @@
-"""Two gloo ranks, as real processes, against one process with the same global batch."""
+"""Two gloo ranks, as real processes: against one process with the same global batch, and when they do not fit together."""
 
 import json
+import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from orl_fast.checkpoint import read_checkpoint, read_header
-from orl_fast.distributed import Ranks, process_group
-from orl_fast.errors import ConfigError
+from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, read_header
+from orl_fast.distributed import process_group
 from orl_fast.methods import METHODS
-from orl_fast.models.sync_bn import CpuSyncBatchNorm
 from orl_fast.shards import ShardIndex
 from orl_fast.train.metrics import Meter
 from orl_fast.train.step import TrainStep
+from tests.conftest import pack
 from tests.ranks import run_ranks
 from tests.synthetic import part_of, small_config, synthetic_batch
-from tests.train.conftest import train_run
+from tests.test_checkpoint import equal
+from tests.train.conftest import in_float64, run_config, train_run
 
-OVERRIDES = ["backbone=resnet18", "batch_size=8", "accumulate=2"]
+_PROGRAM = Path(__file__).with_name("one_rank.py")
 
 
 def run_steps(method: str, overrides: list[str], *, num_steps: int, save_to: Path) -> None:
     """Train a few steps in this process's rank, saving what came out; micro-batch m of rank r takes part m * world_size + r."""
     config = small_config(*overrides)
-    with process_group("cpu") as ranks:
+    with process_group("cpu") as ranks, in_float64():
         train_step = TrainStep(method, config, ranks=ranks)
-        # In float64, so that ranks differ from one process by their arithmetic's order only, and not by what training makes of it.
-        train_step.method.double()
-        for network in (train_step.method.online, train_step.method.target):
-            network.register_forward_pre_hook(lambda _module, inputs: (inputs[0].double(),))
         train_step.connect()
         meter = Meter(ranks)
         size = config.train.batch_size // (ranks.world_size * config.train.accumulate)
@@ -39,21 +37,19 @@ def run_steps(method: str, overrides: list[str], *, num_steps: int, save_to: Pat
             batch = synthetic_batch(method, config, config.train.batch_size, step=step)
             parts = [micro * ranks.world_size + ranks.rank for micro in range(config.train.accumulate)]
             batches = iter([part_of(batch, part * size, (part + 1) * size) for part in parts])
-            train_step(batches, step=step, num_steps=4, lr=0.05, meter=meter)
+            train_step(batches, step=step, num_steps=num_steps, lr=0.05, meter=meter)
         record = meter.read()
         torch.save({"state": train_step.method.state_dict(), "loss": record["loss"]}, save_to / f"rank{ranks.rank}.pt")
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"byol"}))
 def test_two_ranks_learn_what_one_process_learns(method: str, tmp_path: Path) -> None:
-    program = (
-        f"import torch; torch.set_num_threads(1); from pathlib import Path; from tests.train.test_two_ranks import OVERRIDES, run_steps\n"
-        f"run_steps({method!r}, OVERRIDES, num_steps=2, save_to=Path({str(tmp_path)!r}))"
-    )
-    for code, output in run_ranks(*[["-c", program]] * 2):
+    arguments = {"method": method, "overrides": ["backbone=resnet10_small", "batch_size=8", "accumulate=2"], "num_steps": 2}
+    command = [__file__, json.dumps(arguments), tmp_path]
+    for code, output in run_ranks(command, command):
         assert code == 0, output
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    run_steps(method, OVERRIDES, num_steps=2, save_to=tmp_path)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    run_steps(**arguments, save_to=tmp_path)  # type: ignore[arg-type]
     alone = torch.load(tmp_path / "rank0.pt", weights_only=True)
     for rank in ranks:
         assert rank["loss"] == pytest.approx(alone["loss"], rel=1e-6)
@@ -62,82 +58,77 @@ def test_two_ranks_learn_what_one_process_learns(method: str, tmp_path: Path) ->
     assert all(torch.equal(ranks[0]["state"][name], ranks[1]["state"][name]) for name in ranks[0]["state"])
 
 
-def _jobs(*each: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """What each rank's trainings, one after the other, printed."""
-    program = Path(__file__).with_name("one_rank.py")
-    results = run_ranks(*[[program, json.dumps(jobs)] for jobs in each])
-    found = []
-    for code, output in results:
+def _run(jobs: list[dict[str, Any]], *, of_rank_1: list[dict[str, Any]] | None = None) -> list[list[dict[str, Any]]]:
+    """Trainings in two ranks, one after the other; what each rank says of each."""
+    results = []
+    for code, output in run_ranks([_PROGRAM, json.dumps(jobs)], [_PROGRAM, json.dumps(of_rank_1 or jobs)]):
         assert code == 0, output
-        found.append([json.loads(line) for line in output.splitlines() if line.startswith("{")])
-    return found
+        results.append([json.loads(line) for line in output.splitlines() if line.startswith("{")])
+        assert len(results[-1]) == len(jobs), output
+    return results
 
 
-def test_two_ranks_train_and_resume_a_whole_run(packed: ShardIndex, mined: Path, tmp_path: Path) -> None:
-    job = {"index": str(packed.path), "mined": str(mined)}
-    parts = [{**job, "folder": str(tmp_path / "parts"), "max_steps": 2}, {**job, "folder": str(tmp_path / "parts")}]
-    found = _jobs(*[[{**job, "folder": str(tmp_path / "straight")}, *parts]] * 2)
-    assert found[0] == found[1]
-    assert [(outcome["first_step"], outcome["step"]) for outcome in found[0]] == [(0, 6), (0, 2), (2, 6)]
-    straight, resumed = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("straight", "parts"))
-    assert all(torch.equal(value, resumed["model"][name]) for name, value in straight["model"].items())
+def test_a_run_of_two_ranks_is_that_of_one_process_and_is_resumed(packed: ShardIndex, tmp_path: Path) -> None:
+    overrides = ["batch_size=6", "lr_per_256=0.5", "warmup_epochs=0"]
+    jobs: list[dict[str, Any]] = [
+        {"folder": "straight"},
+        {"folder": "stopped", "max_steps": 3},
+        {"folder": "stopped"},
+        {"folder": "often", "overrides": [*overrides, "checkpoint_every_min=1e-9"]},
+        {"folder": "killed", "stop_at": 1, "only_rank": 1},
+        {"folder": "killed"},
+    ]
+    common = {"index": str(packed.path), "overrides": overrides, "epochs": 3, "float64": True}
+    found = _run([{**common, **job, "folder": str(tmp_path / job["folder"])} for job in jobs])
+    whole = {"first_step": 0, "step": 6, "num_steps": 6, "signum": 0}
+    # A signal that one rank receives in a step is known to both in the next.
+    signaled = {**whole, "step": 3, "signum": signal.SIGTERM}
+    expected = [whole, {**whole, "step": 3}, {**whole, "first_step": 3}, whole, signaled, {**whole, "first_step": 3}]
+    assert found == [expected, expected]
+    straight = (tmp_path / "straight" / CHECKPOINT).read_bytes()
+    for folder in ("stopped", "killed"):
+        assert (tmp_path / folder / CHECKPOINT).read_bytes() == straight, folder
+    assert read_header(tmp_path / "often" / PREVIOUS)["step"] == 4  # and so has a checkpoint that is due
+    often, two = (read_checkpoint(tmp_path / folder / CHECKPOINT) for folder in ("often", "straight"))
+    assert all(equal(often[key], two[key]) for key in ("model", "optimizer", "step"))
+
+    with in_float64():
+        train_run(packed, tmp_path / "alone", run_config(*overrides, epochs=3))
+    one, header = read_checkpoint(tmp_path / "alone" / CHECKPOINT), read_header(tmp_path / "alone" / CHECKPOINT)
+    assert header == read_header(tmp_path / "straight" / CHECKPOINT)
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "what"),
-    [
-        ({"folder": "a", "max_steps": 2}, {"folder": "b", "max_steps": 2}, "the step to start from: 2 on rank 0, 0 on rank 1"),
-        ({"overrides": ["lr_per_256=0.3"]}, {}, "the recipe: "),
-        ({"other_weights": True}, {}, "the weights to start from: "),
-    ],
-)
-def test_ranks_that_start_differently_are_refused(
-    first: dict[str, Any], second: dict[str, Any], what: str, packed: ShardIndex, tmp_path: Path
-) -> None:
-    """Run folders on local disks of two nodes, one of which holds an earlier part; other recipes; other weights."""
-    from tests.train.conftest import run_config
-
-    if "max_steps" in first:
-        train_run(packed, tmp_path / "a", run_config(epochs=2), max_steps=2)
-    base = {"index": str(packed.path)}
-    jobs = [{**base, **job, "folder": str(tmp_path / str(job.get("folder", "a"))), "max_steps": 4} for job in (first, second)]
-    found = _jobs(*[[job] for job in jobs])
-    assert all(what in rank[0]["error"] and rank[0]["error"].startswith("ConfigError") for rank in found), found
-    assert not (tmp_path / "b" / "checkpoint.pt").exists()
-    if "max_steps" in first:
-        assert read_header(tmp_path / "a" / "checkpoint.pt")["step"] == 2
-
-
-def test_cpu_batch_norm_is_torchs_where_one_rank_holds_all(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    try:
-        for shape in ((6, 5), (6, 5, 3, 4)):
-            torch.manual_seed(0)
-            values = torch.randn(shape, dtype=torch.float32) * 3 + 100
-            plain = nn.BatchNorm1d(5) if len(shape) == 2 else nn.BatchNorm2d(5)
-            nn.init.normal_(plain.weight)
-            synced = CpuSyncBatchNorm(5)
-            synced.load_state_dict(plain.state_dict())
-            upstream = torch.randn(shape)
-            results = []
-            for norm in (plain, synced):
-                inputs = values.clone().requires_grad_()
-                output = norm(inputs)
-                output.backward(upstream)
-                results.append([output, inputs.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])
-            for expected, found in zip(*results, strict=True):
-                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(synced.eval()(values), plain.eval()(values), rtol=1e-4, atol=1e-5)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_ranks_that_differ_refuse_to_start(packed: ShardIndex, mined: Path, photo_paths: list[Path], tmp_path: Path) -> None:
+    """The review's 4.3: on local disks, each rank started from what it found there."""
+    config = run_config(epochs=2)
+    train_run(packed, tmp_path / "resumed", config, max_steps=3)
+    other_mined = tmp_path / "other mined"
+    shutil.copytree(mined, other_mined)
+    info = other_mined / "pairs" / "table.json"
+    info.write_text(info.read_text().replace('"e0"', '"e1"'))
+    other = pack(photo_paths[20:32], tmp_path / "other")
+    base: dict[str, Any] = {"index": str(packed.path), "folder": str(tmp_path / "new")}
+    pairs: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"folder": str(tmp_path / "resumed")}, {"folder": str(tmp_path / "empty")}, "the step to start from: 3 on rank 0, 0 on rank 1"),
+        ({"folder": str(tmp_path / "empty")}, {"folder": str(tmp_path / "resumed")}, "the step to start from: 0 on rank 0, 3 on rank 1"),
+        ({}, {"overrides": ["lr_per_256=0.3"]}, "the recipe: "),
+        ({}, {"index": str(other.path)}, "the shards: "),
+        ({"mined": str(mined)}, {"mined": str(other_mined)}, "the mined tables: "),
+        ({}, {"float64": True}, "the weights to start from: "),
+    ]
+    before = (tmp_path / "resumed" / CHECKPOINT).read_bytes()
+    found = _run([base | first for first, _, _ in pairs], of_rank_1=[base | second for _, second, _ in pairs])
+    for rank in found:
+        for (_, _, message), said in zip(pairs, rank, strict=True):
+            assert said["error"].startswith(f"ConfigError: {message}"), (message, said)
+            assert "give all nodes the same shards, mined tables, recipe and run folder" in said["error"]
+    assert (tmp_path / "resumed" / CHECKPOINT).read_bytes() == before
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "empty").exists()
 
 
-def test_batches_too_small_for_batch_norm_are_refused() -> None:
-    with pytest.raises(ConfigError, match="two images in each of 2 ranks × 3 micro-batches; use 12 or more"):
-        TrainStep("byol", small_config("batch_size=6", "accumulate=3"), ranks=Ranks(world_size=2))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_asking_for_a_gpu_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="--device cpu"), process_group("cuda"):
-        pass
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run_steps(**json.loads(sys.argv[1]), save_to=Path(sys.argv[2]))
