@@ -1,13 +1,11 @@
-"""Terminal output: log lines, progress bars, and a metrics file."""
+"""Terminal output: log lines and progress bars."""
 
-import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -64,13 +62,7 @@ def progress(description: str, *, total: int, unit: str, done: int = 0) -> Itera
     columns = ("{task.description}", BarColumn(bar_width=28), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn(), note_column)
     with Progress(*columns, console=console, speed_estimate_period=60) as bar:
         task = bar.add_task(description, total=total, completed=done, unit=unit, note="")
-
-        def advance(count: int = 1, note: str | None = None) -> None:
-            bar.advance(task, count)
-            if note is not None:
-                bar.update(task, note=note)
-
-        yield advance
+        yield lambda count=1, note=None: bar.update(task, advance=count, note=note or "")
 
 
 def _lines(description: str, *, total: int, unit: str, done: int) -> Callable[..., None]:
@@ -91,20 +83,6 @@ def _lines(description: str, *, total: int, unit: str, done: int) -> Callable[..
         log.info("%s: %d of %d, %.1f %s/s%s%s", description, now_done, total, rate, unit, left, tail)
 
     return advance
-
-
-class MetricsFile:
-    """Append-only JSON lines: one object per line, written at once."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def human_time(seconds: float) -> str:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.filesize import decimal
 
 from orl_fast.errors import DataError
 
@@ -43,8 +44,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         with _temporary(path) as (target, temporary):
             with temporary.open("xb") as file:
                 yield file
-                file.flush()
-                _sync(file.fileno())
+            sync_folder(temporary)
             temporary.replace(target)
 
 
@@ -52,8 +52,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder that replaces `path` when the block ends without an error; raises as `atomic_file`.
 
-    The old folder is renamed, the new one takes its place, the old one is deleted. A run killed between the two renames leaves the old
-    folder under a temporary name (NAME.XXXX.replaced); the next `atomic_folder` or `remove_leftovers` puts it back.
+    A run killed between renaming the old folder (to NAME.XXXX.replaced) and the new one leaves the old one under that name; the next
+    `atomic_folder` or `remove_leftovers` puts it back.
     """
     with _plain_errors(path), _temporary(path) as (target, temporary):
         _put_back(target)
@@ -68,9 +68,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def locked(folder: Path, *, what: str) -> Iterator[None]:
     """Hold `folder`, which is created if it is missing, for one writer; `what` names it to the others.
 
-    The lock is on `folder/.lock`. The file stays, so that there is never a second one beside it. Only a block that fails and leaves nothing
-    else behind removes it, with the folders created here. Removing is safe: it is done by the holder, and whoever opened the file before
-    finds that it is no longer the one at that path. On a file system without locks a warning is logged and the block runs unprotected.
+    The lock is on `folder/.lock`, which stays; only a block that fails and leaves nothing else behind removes it, with the folders created
+    here. Whoever opened a removed file finds another at that path. Without locks in the file system a warning is logged and the block runs.
 
     Raises:
         DataError: another process holds the folder, or it cannot be written.
@@ -206,17 +205,12 @@ def sync_folder(path: Path) -> None:
     """Make the names in a folder (or the content of a file) survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, *_UNSUPPORTED):  # some file systems cannot sync a folder
             raise
+    finally:
+        os.close(descriptor)
 
 
 def require_free_space(path: Path, *, num_bytes: int, purpose: str) -> None:
@@ -234,8 +228,4 @@ def require_free_space(path: Path, *, num_bytes: int, purpose: str) -> None:
 
 def human_bytes(num_bytes: float) -> str:
     """'3.1 GB', for messages."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
+    return decimal(int(num_bytes))

@@ -3,7 +3,9 @@
 numba recompiles a kernel when its own file changes, but not when a kernel or constant changes that the file imports.
 """
 
+import atexit
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -44,14 +46,12 @@ def kernel_sources(package: Path) -> list[Path]:
     waiting = [path for path, text in texts.items() if re.search(rb"^\s*(?:import|from) numba\b", text, re.MULTILINE)]
     found: set[Path] = set()
     while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
+        found.add(path := waiting.pop())
         for name in re.findall(rb"^\s*(?:import|from) orl_fast([.\w]*)", texts[path], re.MULTILINE):
             target = package.joinpath(*name.decode().split(".")[1:])
             module = target.with_suffix(".py")
-            waiting += [module] if module in texts else [path for path in texts if target in path.parents]
+            imported = {module} if module in texts else {path for path in texts if target in path.parents}
+            waiting += imported - found
     return sorted(found)
 
 
@@ -72,9 +72,7 @@ def _usable(folder: Path) -> bool:
 
 
 def _temporary_folder(name: str) -> Path:
-    import atexit
-    import logging
-    import tempfile
+    import tempfile  # rarely needed, and every start of the command line would pay for it
 
     parent, creator = tempfile.mkdtemp(prefix="orl-fast-"), os.getpid()
     atexit.register(lambda: shutil.rmtree(parent, ignore_errors=True) if os.getpid() == creator else None)
