@@ -6,7 +6,7 @@ Finished work is kept: run again, the demo resumes, as each of these functions d
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.train.loop import train
 from orl_fast.train.mined import open_mined
+from orl_fast.views.mined import Mined
 
 # Three losses are summed in stage 3: it takes half of stage 1's rate, and fewer epochs, which cost twice as much.
 ORL_LR_PER_256 = 0.8
@@ -55,22 +56,16 @@ class DemoSize:
 FAST = DemoSize(num_scenes=256, num_labelled=100, byol_epochs=1, orl_epochs=1)
 
 
+@dataclass(eq=False)
 class Stopped(Exception):
     """A signal ended a stage, whose state is saved; `signum` says which."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
+    signum: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """The demo in one folder.
-
-    Attributes:
-        folder: gets scenes/, shards/, runs/, pairs.png and results.json.
-        times_s: how long each stage took in this run.
-    """
+    """The demo in one folder, which gets scenes/, shards/, runs/, pairs.png and results.json; `times_s`: how long each stage took."""
 
     folder: Path
     seed: int = 0
@@ -93,91 +88,70 @@ class Demo:
         """Remove what an earlier demo left in the folder, and nothing else."""
         for name in ("scenes", "shards", "runs"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for file in (self.picture, self.folder / "results.json", self.folder / "demo.json"):
-            file.unlink(missing_ok=True)
+        for name in ("pairs.png", "results.json", "demo.json"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def run(self) -> dict[str, dict[str, float]]:
-        """All stages.
+        """All stages; returns "probe" and "knn", top-1 (0 to 1) on held-out labelled digits, and "chance" for "random", "BYOL" and "ORL".
 
-        Returns:
-            For "random", "BYOL" and "ORL": "probe" and "knn", top-1 on held-out labelled digits; 0 to 1.
         Raises:
             Stopped: by SIGINT or SIGTERM; the same call resumes.
             StaleError: the folder holds a demo of another seed or size.
         """
-        start_s = time.monotonic()
-        self._claim_folder()
-        with self._stage("drawing scenes", start_s):
-            scenes = self.folder / "scenes"
-            for name, labelled, held_out in (("train", False, False), ("labelled", True, False), ("test", True, True)):
-                write_scenes(
-                    scenes / name,
-                    num_scenes=self.size.num_labelled if labelled else self.size.num_scenes,
-                    seed=self.seed,
-                    labelled=labelled,
-                    held_out_digits=held_out,
-                )
-        with self._stage("packing them", start_s):
-            write_shards([scenes / "train" / "images"], self.shards, num_workers=self.ranks.num_threads)
-        index = ShardIndex.open(self.shards)
-        config = load_config("demo", overrides=[f"train.seed={self.seed}", f"train.epochs={self.size.byol_epochs}"])
-        with self._stage("stage 1: BYOL", start_s):
-            self._train("byol", config, index)
-        with self._stage("stage 2: mining", start_s):
-            Stage(
-                index=index,
-                folder=self.shards / "mined",
-                config=config,
-                checkpoint=self.run_folder("byol"),
-                executor=Processes(device=self.ranks.device, num_workers=self.ranks.num_threads),
-            ).run()
-        with self._stage("stage 3: ORL", start_s):
-            changes = [f"train.epochs={self.size.orl_epochs}", f"optim.lr_per_256={ORL_LR_PER_256}"]
-            self._train("orl", with_overrides(config, changes), index)
-        with self._stage("scoring features", start_s):
-            results = self._evaluate(config, scenes)
-        with self._stage("drawing pairs", start_s):
-            self._draw_pairs(index)
-        return results
-
-    def _claim_folder(self) -> None:
         settings_file, settings = self.folder / "demo.json", {"seed": self.seed, **asdict(self.size)}
         if settings_file.is_file() and json.loads(settings_file.read_text()) != settings:
             raise StaleError(f"{self.folder}: holds a demo of another seed or size; use --restart to replace it, or another --out")
         write_json(settings_file, settings)
+        scenes, mined = self.folder / "scenes", self.shards / "mined"
+        with self._stage("drawing scenes"):
+            write_scenes(scenes / "train", num_scenes=self.size.num_scenes, seed=self.seed)
+            for name in ("labelled", "test"):
+                num_scenes, held_out = self.size.num_labelled, name == "test"
+                write_scenes(scenes / name, num_scenes=num_scenes, seed=self.seed, labelled=True, held_out_digits=held_out)
+        with self._stage("packing them"):
+            write_shards([scenes / "train" / "images"], self.shards, num_workers=self.ranks.num_threads)
+        index = ShardIndex.open(self.shards)
+        config = load_config("demo", overrides=[f"train.seed={self.seed}", f"train.epochs={self.size.byol_epochs}"])
+        with self._stage("stage 1: BYOL"):
+            self._train("byol", config, index)
+        with self._stage("stage 2: mining"):
+            executor = Processes(device=self.ranks.device, num_workers=self.ranks.num_threads)
+            Stage(index=index, folder=mined, config=config, checkpoint=self.run_folder("byol"), executor=executor).run()
+        with self._stage("stage 3: ORL"):
+            changed = with_overrides(config, [f"train.epochs={self.size.orl_epochs}", f"optim.lr_per_256={ORL_LR_PER_256}"])
+            self._train("orl", changed, index, mined=open_mined(index, mined, changed))
+        with self._stage("scoring features"):
+            results = self._evaluate(config, scenes)
+        with self._stage("drawing pairs"):
+            images = np.sort(np.random.default_rng(self.seed).permutation(len(index))[:_PICTURED]).tolist()
+            tables = BoxTable.open(mined / "rois"), PairTable.open(mined / "pairs")
+            grid = pair_grid(index, *tables, images=images, num_neighbors=4, title="Corresponding RoIs of the demo")
+            save_picture(draw_grid(grid), self.picture)
+        return results
 
     @contextmanager
-    def _stage(self, name: str, start_s: float) -> Iterator[None]:
+    def _stage(self, name: str) -> Iterator[None]:
         log.info("── %s", name)
-        begun_s = time.monotonic()
+        start_s = time.monotonic()
         yield
-        now_s = time.monotonic()
-        self.times_s[name] = now_s - begun_s
-        log.info("── %s: done in %s, %s in all", name, human_time(now_s - begun_s), human_time(now_s - start_s))
+        self.times_s[name] = time.monotonic() - start_s
+        log.info("── %s: done in %s, %s in all", name, human_time(self.times_s[name]), human_time(sum(self.times_s.values())))
 
-    def _train(self, method: str, config: Config, index: ShardIndex) -> None:
-        mined = open_mined(index, self.shards / "mined", config) if method == "orl" else None
+    def _train(self, method: str, config: Config, index: ShardIndex, mined: Mined | None = None) -> None:
         outcome = train(method, config, index=index, folder=self.run_folder(method), mined=mined, ranks=self.ranks)
         if outcome.signum:
             raise Stopped(outcome.signum)
 
     def _evaluate(self, config: Config, scenes: Path) -> dict[str, dict[str, float]]:
         """Scores of the three encoders, from results.json where it holds those of these very weights."""
-        encoders: dict[str, Callable[[], Encoder]] = {
-            "random": lambda: random_encoder(config),
-            "BYOL": lambda: load_encoder(self.run_folder("byol")),
-            "ORL": lambda: load_encoder(self.run_folder("orl")),
-        }
+        encoders = {"random": random_encoder(config), **{name: load_encoder(self.run_folder(name.lower())) for name in ("BYOL", "ORL")}}
         file = self.folder / "results.json"
         known = json.loads(file.read_text()) if file.is_file() else {}
-        results = {}
-        for name, load in encoders.items():
-            encoder = load()
+        for name, encoder in encoders.items():
             if known.get(name, {}).get("encoder") != encoder.fingerprint:
                 known[name] = {"encoder": encoder.fingerprint, **self._score(encoder, scenes)}
                 write_json(file, known)
-            results[name] = {kind: known[name][kind] for kind in ("probe", "knn", "chance")}
-        return results
+        return {name: {kind: known[name][kind] for kind in ("probe", "knn", "chance")} for name in encoders}
 
     def _score(self, encoder: Encoder, scenes: Path) -> dict[str, float]:
         options = LabelledOptions(test=scenes / "test", size_px=PROBE_SIZE_PX)
@@ -185,14 +159,6 @@ class Demo:
         train, test = encode_labelled(encoder, scenes / "labelled", options, context)
         probe = linear_probe(train, test, cost=PROBE_COST)
         return {"probe": probe["top1"], "knn": knn(train, test)["top1"], "chance": probe["chance"]}
-
-    def _draw_pairs(self, index: ShardIndex) -> None:
-        mined = self.shards / "mined"
-        images = np.sort(np.random.default_rng(self.seed).permutation(len(index))[:_PICTURED]).tolist()
-        tables = BoxTable.open(mined / "rois"), PairTable.open(mined / "pairs")
-        save_picture(
-            draw_grid(pair_grid(index, *tables, images=images, num_neighbors=4, title="Corresponding RoIs of the demo")), self.picture
-        )
 
 
 def learned_beat_random(results: dict[str, dict[str, float]]) -> list[str]:

@@ -1,11 +1,8 @@
 """Synthetic scenes to learn from: handwritten digits on blurred photographs, all from data inside scikit-learn.
 
 A scene has a theme: a hue, a region of a photograph, and two digit classes that most of its digits come from. So scenes that look alike
-hold alike objects, which is what ORL's stage 2 looks for. The labelled scenes, which only evaluations see, have no themes; those
-that test hold digits that nothing was trained on.
-
-Colors vary within a scene: each digit has its own, the background runs from the theme's hue to another. Views that differ in color then
-teach what random features lack. A color or texture that a whole scene shares is all that BYOL needs to know it by; digits stay unlearned.
+hold alike objects, which ORL's stage 2 looks for. Labelled scenes, which only evaluations see, have no themes; test scenes hold digits that
+nothing was trained on. Colors vary within a scene: by one color or texture BYOL would know the scene, and never learn its digits.
 """
 
 import colorsys
@@ -47,18 +44,12 @@ class Scene:
 class _Theme:
     hue: float  # in turns
     photo: int
-    corner: tuple[int, int]  # y, x of the region's top left corner, pixels of the photograph
-    classes: tuple[int, int]
+    corner: NDArray[np.int64]  # y, x of the region's top left corner, pixels of the photograph
+    classes: NDArray[np.int64]  # two
 
 
 class ScenePainter:
-    """Paints scenes; scene number i of a part is a pure function of (seed, part, i).
-
-    Args:
-        seed: of everything drawn.
-        held_out_digits: paint with the digits that no training scene holds.
-        themed: scenes have themes.
-    """
+    """Paints scenes, with themes or without, of training digits or held-out ones: scene i is a pure function of (seed, these two, i)."""
 
     def __init__(self, *, seed: int, held_out_digits: bool, themed: bool) -> None:
         from sklearn.datasets import load_digits, load_sample_images  # a heavy import, and only painting needs it
@@ -94,24 +85,23 @@ class ScenePainter:
         """A blurred crop of a photograph, its tint running from one hue to another. [192, 192, 3] float32."""
         photo = self._photos[theme.photo if theme else rng.integers(len(self._photos))]
         side_px = int(rng.integers(150, 241))
-        y, x = theme.corner if theme else (rng.integers(photo.shape[0]), rng.integers(photo.shape[1]))
-        y, x = y + int(rng.integers(-30, 31)), x + int(rng.integers(-30, 31))
-        y, x = int(np.clip(y, 0, photo.shape[0] - side_px)), int(np.clip(x, 0, photo.shape[1] - side_px))
+        corner = theme.corner if theme else rng.integers(photo.shape[:2])
+        y, x = np.clip(corner + rng.integers(-30, 31, 2), 0, np.subtract(photo.shape[:2], side_px))
         # Painted at a third of the size: it is blurred anyway, and painting takes a third of the time.
         small_px = SIDE_PX // 3
         crop = cv2.resize(photo[y : y + side_px, x : x + side_px], (small_px, small_px), interpolation=cv2.INTER_AREA)
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
-        blurred = np.asarray(cv2.GaussianBlur(np.ascontiguousarray(crop, np.float32), (0, 0), float(rng.uniform(1, 2))), np.float32)
-        gray = _luminance(blurred)[..., None]
+        blurred = cv2.GaussianBlur(np.ascontiguousarray(crop, np.float32), (0, 0), rng.uniform(1, 2))
+        gray = _luminance(np.asarray(blurred, np.float32))[..., None]
         # A middling luminance of halved contrast: digits both lighter and darker than it find room.
         gray = np.clip((gray - gray.mean()) * 0.5 + float(rng.uniform(100, 150)), 40, 215)
         hue = (theme.hue if theme else rng.random()) + rng.normal(0, 0.02)
-        tints = _color(hue, rng.uniform(0.2, 0.55)), _color(rng.random(), rng.uniform(0.2, 0.55))
+        tint, other_tint = _color(hue, rng.uniform(0.2, 0.55)), _color(rng.random(), rng.uniform(0.2, 0.55))
         angle = rng.uniform(0, 2 * np.pi)
         y_share, x_share = np.mgrid[:small_px, :small_px] / (small_px - 1) - 0.5
         share = np.clip(0.5 + 1.2 * (np.cos(angle) * x_share + np.sin(angle) * y_share), 0, 1)[..., None]
-        tinted = np.asarray(gray * ((1 - share) * tints[0] + share * tints[1]), np.float32)
+        tinted = np.asarray(gray * ((1 - share) * tint + share * other_tint), np.float32)
         return np.asarray(cv2.resize(tinted, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
@@ -121,10 +111,9 @@ def _draw_themes(rng: np.random.Generator, photos: list[NDArray[np.uint8]]) -> l
     hues = (np.arange(_NUM_THEMES) + rng.random()) / _NUM_THEMES
     themes = []
     for number, hue in enumerate(rng.permutation(hues)):
-        height, width = photos[number % len(photos)].shape[:2]
-        corner = (int(rng.integers(height - SIDE_PX)), int(rng.integers(width - SIDE_PX)))
-        pair = (int(classes[number, 0]), int(classes[number, 1]))
-        themes.append(_Theme(hue=float(hue), photo=number % len(photos), corner=corner, classes=pair))
+        photo = number % len(photos)
+        corner = rng.integers(np.subtract(photos[photo].shape[:2], SIDE_PX))
+        themes.append(_Theme(hue=hue, photo=photo, corner=corner, classes=classes[number]))
     return themes
 
 
@@ -156,8 +145,7 @@ def _touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
 def _enlarge(glyph: NDArray[np.float32], side_px: int, turn_deg: float) -> NDArray[np.float32]:
     """An 8 × 8 glyph, smoothly enlarged and turned, cut to its ink. [h, w] float32 from 0 to 1."""
     padded_px = int(side_px * 1.3)
-    scale = side_px / 8
-    matrix = np.asarray(cv2.getRotationMatrix2D((3.5, 3.5), turn_deg, scale), np.float64)
+    matrix = np.asarray(cv2.getRotationMatrix2D((3.5, 3.5), turn_deg, side_px / 8), np.float64)
     matrix[:, 2] += padded_px / 2 - 3.5
     ink = cv2.warpAffine(glyph, matrix, (padded_px, padded_px), flags=cv2.INTER_CUBIC)
     ink = np.clip((ink - 0.25) * 2.0, 0, 1)  # enlarged strokes are washed out; this gives them an edge again
@@ -186,11 +174,9 @@ def _luminance(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def write_scenes(folder: Path, *, num_scenes: int, seed: int, held_out_digits: bool = False, labelled: bool = False) -> None:
-    """Write scenes as JPEG files; a folder that holds these very scenes is left as it is.
+    """Write `images/000000.jpg` … into `folder`; one that holds these very scenes is left as it is.
 
-    Args:
-        folder: gets `images/000000.jpg` … and, if `labelled`, `annotations.json` in COCO's format.
-        labelled: scenes without themes, for evaluations; otherwise themed scenes to learn from.
+    Scenes to learn from have themes. `labelled` ones, for evaluations, have none, but `annotations.json` in COCO's format.
     """
     settings = {"num_scenes": num_scenes, "seed": seed, "held_out_digits": held_out_digits, "labelled": labelled}
     about = folder / "scenes.json"
@@ -208,8 +194,8 @@ def write_scenes(folder: Path, *, num_scenes: int, seed: int, held_out_digits: b
             (target / "images" / name).write_bytes(encoded.tobytes())
             images.append({"id": number, "file_name": name, "width": SIDE_PX, "height": SIDE_PX})
             for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
-                box_xywh = [x1, y1, x2 - x1, y2 - y1]
-                annotations.append({"id": len(annotations), "image_id": number, "category_id": label, "bbox": box_xywh, "iscrowd": 0})
+                box = [x1, y1, x2 - x1, y2 - y1]
+                annotations.append({"id": len(annotations), "image_id": number, "category_id": label, "bbox": box, "iscrowd": 0})
             advance()
         if labelled:
             categories = [{"id": label, "name": str(label)} for label in range(10)]
