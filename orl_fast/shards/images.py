@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +16,9 @@ _MAX_SIDE_PX = 65_500  # libjpeg's limit
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, all Huffman coded
 _STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
-_ROTATIONS = {  # EXIF orientation → transposition that makes the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_T = Image.Transpose
+_UPRIGHT = (_T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.FLIP_TOP_BOTTOM, _T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90)
+_ROTATIONS = dict(enumerate(_UPRIGHT, start=2))  # EXIF orientation → transposition that makes the image upright
 
 
 class BadImage(Exception):
@@ -51,9 +46,7 @@ def packed_image(data: bytes) -> PackedImage:
 
     Kept: a baseline or progressive JPEG in RGB or gray without an EXIF rotation. Everything else becomes a JPEG of quality 95 without
     chroma subsampling: rotation applied, transparency on white, 16 bits reduced to 8, the first frame of an animation.
-
-    Raises:
-        BadImage: empty, of unknown format, truncated, damaged, of 179 million pixels or more, or too large for this machine's memory.
+    Raises BadImage if it is empty, of unknown format, truncated, damaged, of 179 million pixels or more, or too large for the memory.
     """
     if not data:
         raise BadImage("the file is empty")
@@ -74,19 +67,19 @@ def packed_image(data: bytes) -> PackedImage:
 
 
 def _packed(data: bytes) -> PackedImage:
-    changes = []  # reasons why the bytes cannot be kept
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         image.load()  # raises where data is missing
-        if image.format not in ("JPEG", "MPO"):
-            changes.append(str(image.format))
-        elif _frame(data) not in _PLAIN_FRAMES:
-            changes.append("arithmetic-coded or lossless JPEG")
-        if image.mode not in ("RGB", "L"):
-            changes.append(image.mode)
-        rotation = _ROTATIONS.get(_orientation(image))
-        if rotation is not None:
-            changes.append("EXIF rotation")
-        if not changes:
+        rotation, is_jpeg = None, image.format in ("JPEG", "MPO")
+        with suppress(Exception):  # garbage in the EXIF data is no reason to lose the image
+            rotation = _ROTATIONS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
+        reasons = (
+            (not is_jpeg, image.format),
+            (is_jpeg and _frame(data) not in _PLAIN_FRAMES, "arithmetic-coded or lossless JPEG"),
+            (image.mode not in ("RGB", "L"), image.mode),
+            (rotation is not None, "EXIF rotation"),
+        )
+        reencoded = " ".join(str(reason) for holds, reason in reasons if holds)
+        if not reencoded:
             return PackedImage(jpeg=data, width=image.width, height=image.height, reencoded=None)
         upright = _eight_bit(image if rotation is None else image.transpose(rotation))
     if max(upright.size) > _MAX_SIDE_PX:
@@ -94,22 +87,11 @@ def _packed(data: bytes) -> PackedImage:
     upright.info.clear()  # otherwise Pillow copies comments into the JPEG
     buffer = io.BytesIO()
     upright.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return PackedImage(jpeg=buffer.getvalue(), width=upright.width, height=upright.height, reencoded=" ".join(changes))
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # garbage in the EXIF data is no reason to lose the image
-        return 1
+    return PackedImage(jpeg=buffer.getvalue(), width=upright.width, height=upright.height, reencoded=reencoded)
 
 
 def _frame(jpeg: bytes) -> int:
-    """The code of the frame header (SOF).
-
-    Raises:
-        BadImage: no end marker follows the first scan; decoders would fill in the missing part.
-    """
+    """The code of the frame header (SOF); BadImage if no end marker follows the first scan: decoders would fill in the missing part."""
     at, code, frame = 2, 0, 0
     while code != 0xDA and at + 4 <= len(jpeg):
         if jpeg[at] != 0xFF:

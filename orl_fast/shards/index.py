@@ -22,9 +22,7 @@ class ShardIndex:
     """The images of a dataset: row i is image i in every table of orl-fast.
 
     Attributes:
-        path: the dataset's folder.
-        fingerprint: identifies the packed content; tables made from it store it.
-        manifest: sources, counts and the quarantine list.
+        fingerprint: identifies the packed content of the folder `path`; tables made from it store it.
         shards: [S] records of `first_row`, `num_bytes` and `sha256`.
         heights, widths: [N] int32, pixels of the decoded image.
         image_ids: [N] int64, the ids of the COCO annotation file, if there was one.
@@ -37,22 +35,18 @@ class ShardIndex:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
         self.fingerprint = self.manifest.fingerprint
-        self.shards: NDArray[np.void] = _mapped(self.path / SHARDS_NAME, SHARD, self.manifest.num_shards)
+        self.num_shards = self.manifest.num_shards
+        self.shards: NDArray[np.void] = _mapped(self.path / SHARDS_NAME, SHARD, self.num_shards)
         rows: NDArray[np.void] = _mapped(self.path / INDEX_NAME, ROW, self.manifest.num_images)
-        self.heights, self.widths = rows["height"], rows["width"]
-        self.image_ids, self.sources = rows["image_id"], rows["source"]
-        self.shard_ids, self.offsets, self.sizes = rows["shard"], rows["offset"], rows["size"]
+        self.heights, self.widths, self.shard_ids, self.sources = (rows[name] for name in ("height", "width", "shard", "source"))
+        self.image_ids, self.offsets, self.sizes = (rows[name] for name in ("image_id", "offset", "size"))
         names: NDArray[np.uint8] = _mapped(self.path / NAMES_NAME, np.uint8, int(rows["name_end"][-1]))
         self.keys: Sequence[str] = _Names(rows["name_end"], names, part=0)
         self.file_names: Sequence[str] = _Names(rows["name_end"], names, part=1)
 
     @classmethod
     def open(cls, path: Path) -> "ShardIndex":
-        """Open the folder that `write_shards` wrote.
-
-        Raises:
-            DataError: the folder is missing, unfinished, damaged or of another format version.
-        """
+        """Open the folder that `write_shards` wrote; DataError if it is missing, unfinished, damaged or of another format version."""
         return cls(path)
 
     def __len__(self) -> int:
@@ -60,10 +54,6 @@ class ShardIndex:
 
     def __reduce__(self) -> tuple[Callable[[Path], "ShardIndex"], tuple[Path]]:
         return ShardIndex, (self.path,)  # other processes map the files again instead of receiving them
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.shards)
 
     @cached_property
     def shard_paths(self) -> list[Path]:

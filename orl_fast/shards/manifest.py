@@ -11,10 +11,7 @@ from orl_fast.errors import DataError
 from orl_fast.files import write_json
 
 VERSION = 1
-MANIFEST_NAME = "manifest.json"
-INDEX_NAME = "index.npy"
-NAMES_NAME = "names.bin"
-SHARDS_NAME = "shards.npy"
+MANIFEST_NAME, INDEX_NAME, NAMES_NAME, SHARDS_NAME = "manifest.json", "index.npy", "names.bin", "shards.npy"
 WORK_NAME = ".work"  # the state of an unfinished run
 
 
@@ -63,11 +60,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read the manifest of a complete dataset.
-
-        Raises:
-            DataError: it is missing, damaged, or of another format version.
-        """
+        """Read the manifest of a complete dataset; DataError if it is missing, damaged, or of another format version."""
         path = folder / MANIFEST_NAME
         if not path.is_file():
             raise DataError(_why_no_dataset(folder))

@@ -19,10 +19,10 @@ _MAX_OPEN_MAPS = 4096
 
 
 class ShardReader:
-    """Reads the JPEG bytes of any row. Safe to share between threads and across a fork; needs no lock.
+    """Reads the JPEG bytes of any row. Safe to share between threads and across a fork.
 
     Shards are mapped when first read; a bounded number of maps stays open. Each shard has one slot in a fixed table, and a slot is read or
-    replaced in one step, so threads that race map a shard twice at worst.
+    replaced in one step, so threads that race map a shard twice at worst, without a lock.
     """
 
     def __init__(self, index: ShardIndex) -> None:
@@ -30,12 +30,7 @@ class ShardReader:
         self._slots: list[tuple[int, NDArray[np.uint8]] | None] = [None] * min(_max_open_maps(), index.num_shards)
 
     def read(self, i: int) -> bytes:
-        """The JPEG of row `i`.
-
-        Raises:
-            IndexError: there is no row `i`.
-            DataError: its shard is missing or its length has changed since it was packed.
-        """
+        """The JPEG of row `i`. IndexError: there is no such row. DataError: its shard is missing or has changed in length since."""
         return self.view(i).tobytes()
 
     def view(self, i: int) -> NDArray[np.uint8]:

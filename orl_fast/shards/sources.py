@@ -57,9 +57,7 @@ def find_sources(paths: Sequence[Path], *, splits: Sequence[str] = ()) -> tuple[
     """The image folders that `paths` refer to: COCO roots, COCO split folders, or any folders.
 
     Of a COCO root, the split `train2017` is used (or the only one, or the only one named train*) unless `splits` names others.
-
-    Raises:
-        DataError: a path is missing, not a folder, given twice, or has several splits to choose from.
+    DataError if a path is missing, not a folder, given twice, or has several splits to choose from.
     """
     for path in paths:
         if not path.is_dir():
@@ -70,10 +68,8 @@ def find_sources(paths: Sequence[Path], *, splits: Sequence[str] = ()) -> tuple[
         raise DataError(f"{paths[0]}: has no splits (folders with an annotation file); omit --split, or give the folder itself")
     sources: list[Source] = []
     for path, found_splits in zip(paths, roots, strict=True):
-        if found_splits:
-            sources += [found_splits[name] for name in _chosen_splits(path, list(found_splits), splits)]
-        else:
-            sources.append(Source(folder=path, annotations=_annotations_of(path.resolve())))
+        whole = Source(folder=path, annotations=_annotations_of(path.resolve()))
+        sources += [found_splits[name] for name in _chosen_splits(path, list(found_splits), splits)] if found_splits else [whole]
     for one, other in permutations(sources, 2):
         if one.folder.resolve().is_relative_to(other.folder.resolve()):
             raise DataError(f"{one.folder}: lies within another source or is given twice ({other.folder}); give each folder once")
@@ -84,9 +80,7 @@ def list_images(sources: Sequence[Source]) -> Listing:
     """List the images of all sources in order: source by source; within one, those of the annotation file first, then the others by path.
 
     Images that are not in an annotation file get the id after the largest id before them, so a plain folder is numbered from 0.
-
-    Raises:
-        DataError: a source holds no images, or its annotation file is damaged.
+    DataError if a source holds no images, or its annotation file is damaged.
     """
     listing = Listing(sources=tuple(sources))
     taken: dict[str, int] = {}
@@ -110,13 +104,9 @@ def list_images(sources: Sequence[Source]) -> Listing:
 
 def _coco_splits(root: Path) -> dict[str, Source]:
     """The splits of a COCO root: folders, in it or in its images/, that have an annotation file."""
-    splits: dict[str, Source] = {}
-    parents = (root, root / "images") if (root / "annotations").is_dir() else ()
-    for folder in (entry for parent in parents if parent.is_dir() for entry in sorted(parent.iterdir())):
-        annotations = _annotations_of(folder)
-        if annotations and folder.is_dir():
-            splits.setdefault(folder.name, Source(folder=folder, annotations=annotations))
-    return splits
+    patterns = ("images/*/", "*/") if (root / "annotations").is_dir() else ()  # the folder beside images/ wins
+    found = ((folder, _annotations_of(folder)) for pattern in patterns for folder in sorted(root.glob(pattern)))
+    return {folder.name: Source(folder=folder, annotations=annotations) for folder, annotations in found if annotations}
 
 
 def _chosen_splits(root: Path, found: list[str], wanted: Sequence[str]) -> Sequence[str]:
@@ -139,14 +129,11 @@ def _annotations_of(folder: Path) -> Path | None:
 
 
 def _scan(root: Path) -> tuple[dict[str, int], dict[str, str]]:
-    """Relative path → size in bytes of every image below `root`, and path → reason of every one that cannot be read.
-
-    Links are followed, each folder is visited once (so links in a circle end), hidden names are skipped.
-    """
+    """Relative path → size in bytes of every image below `root` that is not hidden, and path → reason of every one that cannot be read."""
     top = os.path.join(root, "")
     images: dict[str, int] = {}
     unreadable: dict[str, str] = {}
-    visited: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()  # links are followed: those in a circle end here
 
     def note(error: OSError) -> None:
         unreadable[error.filename.removeprefix(top)] = f"cannot be read: {error.strerror}"
@@ -175,13 +162,10 @@ def _scan(root: Path) -> tuple[dict[str, int], dict[str, str]]:
 
 
 def _unique_key(file_name: str, taken: dict[str, int]) -> str:
-    """The path without its suffix, in plain characters (no dot, slash or space), with a number appended if the key is taken.
-
-    `taken` holds, for every key in use, the last number appended to it.
-    """
+    """The path without its suffix, in plain characters (no dot, slash or space), with a number appended if the key is `taken`."""
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(file_name)[0])[-_MAX_KEY:]
     key = plain
-    while key in taken:
+    while key in taken:  # its value is the last number appended to the key
         taken[plain] += 1
         key = f"{plain}-{taken[plain]}"
     taken[key] = 0

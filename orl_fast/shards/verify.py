@@ -27,16 +27,10 @@ class Fault(NamedTuple):
 
 
 def verify_shards(folder: Path, *, fast: bool = False, decode: bool = False, num_workers: int | None = None) -> list[Fault]:
-    """Check everything that `write_shards` guarantees, and that column shards (pairs-*.tar) are aligned with the images.
+    """Find what violates the guarantees of `write_shards`, and column shards (pairs-*.tar) that are not aligned with the images.
 
-    Args:
-        fast: compare sizes and tables only, without reading the image shards.
-        decode: also decode every image.
-        num_workers: processes; default one per core.
-    Returns:
-        The faults found.
-    Raises:
-        DataError: the dataset cannot be opened (see ShardIndex.open).
+    With `fast`, only compare sizes and tables, without reading the image shards; with `decode`, also decode every image. `num_workers`
+    processes work, by default one per core. DataError if the dataset cannot be opened (see ShardIndex.open).
     """
     index = ShardIndex.open(folder)
     faults = [*_index_faults(index), *_column_faults(index)]

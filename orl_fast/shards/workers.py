@@ -19,19 +19,16 @@ Result = TypeVar("Result")
 
 
 def run_in_workers(function: Callable[[Task], Result], tasks: Iterable[Task], *, num_workers: int) -> Iterator[Result]:
-    """Yield results as they are completed, in no fixed order. One worker (or none) is this process; more are new processes.
+    """Yield results as they are completed, in no fixed order; DataError if a worker process was killed.
 
-    Where processes cannot share semaphores (no writable /dev/shm), this process works alone, with a warning.
-
-    Raises:
-        DataError: a worker process was killed.
+    One worker (or none) is this process; more are new processes. Where those cannot share semaphores (no writable /dev/shm), this process
+    works alone, with a warning.
     """
-    pool = None
-    if num_workers > 1:
-        try:
-            pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_set_up_worker)
-        except (OSError, ImportError, NotImplementedError) as error:
-            log.warning("worker processes are not available here (%s: is /dev/shm writable?); continuing with one process", error)
+    pool, context = None, multiprocessing.get_context("spawn")
+    try:
+        pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_set_up_worker) if num_workers > 1 else None
+    except (OSError, ImportError, NotImplementedError) as error:
+        log.warning("worker processes are not available here (%s: is /dev/shm writable?); continuing with one process", error)
     if pool is None:
         yield from map(function, tasks)
         return
