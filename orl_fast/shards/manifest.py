@@ -12,6 +12,7 @@ from orl_fast.files import write_json
 
 VERSION = 1
 MANIFEST_NAME, INDEX_NAME, NAMES_NAME, SHARDS_NAME = "manifest.json", "index.npy", "names.bin", "shards.npy"
+TABLE_NAMES = (INDEX_NAME, NAMES_NAME, SHARDS_NAME)
 WORK_NAME = ".work"  # the state of an unfinished run
 
 

@@ -18,21 +18,10 @@ from orl_fast.console import log, progress
 from orl_fast.cores import num_cores
 from orl_fast.errors import DataError, StaleError
 from orl_fast.files import LOCK_NAME, atomic_file, locked, remove_leftovers, require_free_space, write_array, write_json
+from orl_fast.shards import manifest
 from orl_fast.shards.images import JPEG_QUALITY, BadImage, packed_image
 from orl_fast.shards.index import ROW, SHARD, ShardIndex
-from orl_fast.shards.manifest import (
-    INDEX_NAME,
-    MANIFEST_NAME,
-    NAMES_NAME,
-    SHARDS_NAME,
-    VERSION,
-    WORK_NAME,
-    Manifest,
-    Quarantined,
-    SourceEntry,
-    fingerprint_of,
-    tar_path,
-)
+from orl_fast.shards.manifest import MANIFEST_NAME, WORK_NAME, Manifest, Quarantined, SourceEntry, tar_path
 from orl_fast.shards.sources import ListedImage, Listing, find_sources, list_images
 from orl_fast.shards.workers import run_in_workers
 
@@ -64,7 +53,6 @@ def write_shards(
     Raises:
         DataError: sources are missing or hold no usable images, `out` cannot be used, or the disk is full.
         StaleError: `out` holds another dataset and `overwrite` is not set.
-        ValueError: shard_size or num_workers is below 1.
     """
     if shard_size < 1 or (num_workers is not None and num_workers < 1):
         raise ValueError(f"shard_size ({shard_size}) and num_workers ({num_workers}) must be at least 1")
@@ -75,7 +63,7 @@ def write_shards(
             raise DataError(f"{out}: lies within the source {source.folder}; choose another folder with --out")
     listing = list_images(found)
     _log_listing(listing)
-    inputs = hashlib.sha256(f"{VERSION} {shard_size} {MAX_SHARD_BYTES} {JPEG_QUALITY} {listing.digest()}".encode()).hexdigest()
+    inputs = hashlib.sha256(f"{manifest.VERSION} {shard_size} {MAX_SHARD_BYTES} {JPEG_QUALITY} {listing.digest()}".encode()).hexdigest()
     cuts = list(enumerate(_cuts(listing.images, shard_size=shard_size)))
     finished = None if overwrite or (out / WORK_NAME).exists() else _finished(out, inputs=inputs)
     if finished:  # needs no lock, so it may belong to another user
@@ -86,8 +74,7 @@ def write_shards(
         waiting = [(number, images) for number, images in cuts if not _report_path(out, number).exists()]
         sizes = [image.num_bytes + 4 * BLOCK_BYTES for _, images in waiting for image in images]
         require_free_space(out, num_bytes=sum(sizes), purpose="packing")
-        num_done = len(listing.images) - len(sizes)
-        if num_done:
+        if num_done := len(listing.images) - len(sizes):
             log.info("%s: resuming after %d of %d images", out, num_done, len(listing.images))
         pack = partial(_pack_shard, out, [source.folder for source in found])
         with progress("pack", total=len(listing.images), unit="images", done=num_done) as advance:
@@ -126,30 +113,30 @@ def _pack_shard(out: Path, folders: Sequence[Path], shard: tuple[int, list[Liste
     """Write one tar, its DALI index and, last, the report that marks the shard as done. Runs in a worker process."""
     number, images = shard
     path = tar_path(out, number)
-    rows: list[tuple[int, ...]] = []
-    names: list[str] = []
-    quarantined: list[dict[str, Any]] = []
-    reencoded: Counter[str] = Counter()
+    report: dict[str, Any] = {"number": number, "rows": [], "names": [], "reencoded": Counter(), "quarantined": []}
     lines: list[str] = []
     with new_tar(path) as add:
         for image in images:
+            file = folders[image.source] / image.file_name
             try:
-                packed = packed_image(_read(folders[image.source] / image.file_name))
-            except BadImage as error:
-                quarantined.append({"source": image.source, "file_name": image.file_name, "reason": str(error)})
+                if file.stat().st_size > _MAX_FILE_BYTES:
+                    raise BadImage("too large: files of at most 1 GB are read")
+                packed = packed_image(file.read_bytes())
+            except (BadImage, OSError) as error:
+                reason = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+                report["quarantined"].append({"source": image.source, "file_name": image.file_name, "reason": reason})
                 continue
             values = {"file_name": image.file_name, "image_id": image.image_id, "width": packed.width, "height": packed.height}
             text = json.dumps(values).encode()
             jpeg_at, text_at = add(f"{image.key}.jpg", packed.jpeg), add(f"{image.key}.json", text)
             lines.append(f"jpg {jpeg_at} {len(packed.jpeg)} {image.key}.jpg json {text_at} {len(text)} {image.key}.json\n")
-            rows.append((jpeg_at, len(packed.jpeg), image.image_id, 0, 0, packed.height, packed.width, image.source))
-            names.append(f"{image.key}\0{image.file_name}")
+            report["rows"].append((jpeg_at, len(packed.jpeg), image.image_id, 0, 0, packed.height, packed.width, image.source))
+            report["names"].append(f"{image.key}\0{image.file_name}")
             if packed.reencoded:
-                reencoded[packed.reencoded] += 1
-    report = {"number": number, "rows": rows, "names": names, "reencoded": reencoded, "quarantined": quarantined}
-    if rows:
-        with atomic_file(path.with_suffix(".idx")) as file:
-            file.write("".join([f"v1.2 {len(lines)}\n", *lines]).encode())  # as DALI's wds2idx writes it
+                report["reencoded"][packed.reencoded] += 1
+    if lines:
+        with atomic_file(path.with_suffix(".idx")) as idx:
+            idx.write("".join([f"v1.2 {len(lines)}\n", *lines]).encode())  # as DALI's wds2idx writes it
         with path.open("rb") as tar:
             report |= {"num_bytes": path.stat().st_size, "sha256": hashlib.file_digest(tar, "sha256").hexdigest()}
     else:  # every image was bad: readers accept no empty shard
@@ -158,20 +145,10 @@ def _pack_shard(out: Path, folders: Sequence[Path], shard: tuple[int, list[Liste
     return len(images)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise BadImage("too large: files of at most 1 GB are read")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror}") from error
-
-
 def tar_header(name: str, size: int) -> bytes:
     """A POSIX (ustar) header that depends only on name and size."""
     member = tarfile.TarInfo(name)
-    member.size = size
-    member.mode = 0o444
+    member.size, member.mode = size, 0o444
     return member.tobuf(tarfile.USTAR_FORMAT)
 
 
@@ -192,38 +169,36 @@ def new_tar(path: Path) -> Iterator[Callable[[str, bytes], int]]:
 
 def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str) -> Manifest:
     """Join the reports into the index and the manifest."""
-    shards: list[tuple[int, int, bytes]] = []
+    parts: list[np.ndarray[Any, np.dtype[np.void]]] = []
+    records: list[tuple[int, int, bytes]] = []
     quarantined = list(listing.unreadable)
     reencoded: Counter[str] = Counter()
-    tables: list[np.ndarray[Any, np.dtype[np.void]]] = []
-    num_images = name_end = 0
-    with atomic_file(out / NAMES_NAME) as file:
+    with atomic_file(out / manifest.NAMES_NAME) as file:
         for path in reports:
             report = json.loads(path.read_bytes())
             quarantined += [Quarantined(**entry) for entry in report["quarantined"]]
             if not report["rows"]:
                 continue
             reencoded.update(report["reencoded"])
-            _renumber(path, report, len(shards), out)
+            _renumber(path, report, len(parts), out)
             texts = [name.encode("utf-8", "surrogateescape") for name in report["names"]]
             file.write(b"".join(texts))
-            table = np.array([tuple(row) for row in report["rows"]], ROW)
-            table["name_end"] = name_end + np.cumsum([len(text) for text in texts])
-            table["shard"] = len(shards)
-            name_end = int(table["name_end"][-1])
-            tables.append(table)
-            shards.append((num_images, report["num_bytes"], report["sha256"].encode()))
-            num_images += len(table)
-        if not shards:
+            part = np.array([tuple(row) for row in report["rows"]], ROW)
+            part["shard"], part["name_end"] = len(parts), [len(text) for text in texts]
+            parts.append(part)
+            records.append((0, report["num_bytes"], report["sha256"].encode()))
+        if not parts:
             for path in reports:
                 path.unlink()
             reasons = "; ".join(f"{entry.file_name}: {entry.reason}" for entry in quarantined[:3])
             raise DataError(f"none of the {len(listing.images)} images can be decoded ({reasons}); give a folder of images")
-    table = np.concatenate(tables)
-    write_array(out / INDEX_NAME, table)
-    write_array(out / SHARDS_NAME, np.array(shards, SHARD))
+    table, shards = np.concatenate(parts), np.array(records, SHARD)
+    np.cumsum(table["name_end"], out=table["name_end"])
+    shards["first_row"] = np.searchsorted(table["shard"], range(len(shards)))
+    write_array(out / manifest.INDEX_NAME, table)
+    write_array(out / manifest.SHARDS_NAME, shards)
     num_packed = np.bincount(table["source"], minlength=len(listing.sources)).tolist()
-    entries = [
+    entries = (
         SourceEntry(
             folder=str(source.folder.absolute()),
             annotations=str(source.annotations.absolute()) if source.annotations else None,
@@ -232,29 +207,27 @@ def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str
             num_unlisted=listing.unlisted[i],
         )
         for i, source in enumerate(listing.sources)
-    ]
-    manifest = Manifest(
-        fingerprint=fingerprint_of(sha256 for _, _, sha256 in shards),
-        num_images=num_images,
+    )
+    finished = Manifest(
+        fingerprint=manifest.fingerprint_of(shards["sha256"].tolist()),
+        num_images=len(table),
         num_shards=len(shards),
-        num_bytes=sum(num_bytes for _, num_bytes, _ in shards),
-        num_original=num_images - reencoded.total(),
+        num_bytes=int(shards["num_bytes"].sum()),
+        num_original=len(table) - reencoded.total(),
         reencoded=dict(sorted(reencoded.items())),
         quarantined=tuple(quarantined),
         sources=tuple(entries),
         inputs=inputs,
     )
-    manifest.write(out)
-    return manifest
+    finished.write(out)
+    return finished
 
 
 def _renumber(path: Path, report: dict[str, Any], number: int, out: Path) -> None:
     """Close the gap left by shards without a good image. A run killed in between can be resumed: a report is changed after its files."""
     if report["number"] != number:
-        old, new = tar_path(out, report["number"]), tar_path(out, number)
-        for suffix in (".tar", ".idx"):
-            if old.with_suffix(suffix).exists():
-                old.with_suffix(suffix).replace(new.with_suffix(suffix))
+        for old in out.glob(f"{tar_path(out, report['number']).stem}.???"):
+            old.replace(tar_path(out, number).with_suffix(old.suffix))
         write_json(path, report | {"number": number})
 
 
@@ -317,6 +290,6 @@ def _work_folder(out: Path, *, inputs: str, overwrite: bool) -> Iterator[Manifes
 def _clear(out: Path) -> None:
     """Remove another dataset, its manifest first; files that orl-fast shard did not write stay."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
-    for pattern in ("images-??????.tar", "images-??????.idx", INDEX_NAME, NAMES_NAME, SHARDS_NAME, f"{WORK_NAME}/*.json"):
+    for pattern in ("images-??????.tar", "images-??????.idx", *manifest.TABLE_NAMES, f"{WORK_NAME}/*.json"):
         for path in out.glob(pattern):
             path.unlink()
