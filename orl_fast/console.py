@@ -55,18 +55,13 @@ def progress(description: str, *, total: int, unit: str, done: int = 0) -> Itera
 
     A bar on a terminal, otherwise (log files, CI) one line every 15 s. A resumed job passes how much is `done` already.
     """
-    if not sys.stderr.isatty():  # alone: rich's own check also asks FORCE_COLOR, which is about colors
-        yield _lines(description, total=total, unit=unit, done=done)
+    if sys.stderr.isatty():  # alone: rich's own check also asks FORCE_COLOR, which is about colors
+        note_column = TextColumn("{task.fields[note]}")
+        columns = ("{task.description}", BarColumn(bar_width=28), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn(), note_column)
+        with Progress(*columns, console=console, speed_estimate_period=60) as bar:
+            task = bar.add_task(description, total=total, completed=done, unit=unit, note="")
+            yield lambda count=1, note=None: bar.update(task, advance=count, note=note or "")
         return
-    note_column = TextColumn("{task.fields[note]}")
-    columns = ("{task.description}", BarColumn(bar_width=28), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn(), note_column)
-    with Progress(*columns, console=console, speed_estimate_period=60) as bar:
-        task = bar.add_task(description, total=total, completed=done, unit=unit, note="")
-        yield lambda count=1, note=None: bar.update(task, advance=count, note=note or "")
-
-
-def _lines(description: str, *, total: int, unit: str, done: int) -> Callable[..., None]:
-    """Log a line at intervals, for output that is not a terminal."""
     start_s = logged_s = time.monotonic()
     now_done = done
 
@@ -82,7 +77,7 @@ def _lines(description: str, *, total: int, unit: str, done: int) -> Callable[..
         tail = f"; {note}" if note else ""
         log.info("%s: %d of %d, %.1f %s/s%s%s", description, now_done, total, rate, unit, left, tail)
 
-    return advance
+    yield advance
 
 
 def human_time(seconds: float) -> str:

@@ -31,10 +31,8 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears at `path` only when the block ends without an error. A killed run leaves `path` as it was.
 
-    Links are followed; a device or a pipe is written through. The last of two simultaneous writers wins.
-
-    Raises:
-        DataError: the disk is full or the folder cannot be written.
+    Links are followed; a device or a pipe is written through. The last of two simultaneous writers wins. DataError if the disk is full or
+    the folder cannot be written.
     """
     with _plain_errors(path):
         if path.exists() and not path.is_file():
@@ -66,13 +64,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, *, what: str) -> Iterator[None]:
-    """Hold `folder`, which is created if it is missing, for one writer; `what` names it to the others.
+    """Hold `folder`, which is created if it is missing, for one writer; `what` names it to the others, who get a DataError.
 
     The lock is on `folder/.lock`, which stays; only a block that fails and leaves nothing else behind removes it, with the folders created
     here. Whoever opened a removed file finds another at that path. Without locks in the file system a warning is logged and the block runs.
-
-    Raises:
-        DataError: another process holds the folder, or it cannot be written.
     """
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     path = folder / LOCK_NAME
@@ -214,11 +209,7 @@ def sync_folder(path: Path) -> None:
 
 
 def require_free_space(path: Path, *, num_bytes: int, purpose: str) -> None:
-    """Refuse work that will not fit on the disk of `path`, which need not exist yet.
-
-    Raises:
-        DataError: fewer than `num_bytes` plus 2 % are free.
-    """
+    """Raise a DataError if fewer than `num_bytes` plus 2 % are free on the disk of `path`, which need not exist yet."""
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes * 1.02:

@@ -8,6 +8,7 @@ nothing was trained on. Colors vary within a scene: by one color or texture BYOL
 import colorsys
 import json
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import cv2
@@ -18,17 +19,16 @@ from orl_fast.console import progress
 from orl_fast.files import atomic_folder, write_json
 
 SIDE_PX = 192
-_NUM_DIGITS = (5, 7)
-_DIGIT_PX = (46, 76)
+_NUM_DIGITS, _DIGIT_PX = (5, 7), (46, 76)  # at least, at most
 _MAX_TURN_DEG = 15.0
 _MIN_CONTRAST = 60.0  # of luminance, digit against the background around it
 _BLACK, _WHITE = 10.0, 235.0  # the luminance of digits
 _GAP_PX = 2
 _NUM_THEMES = 10
 _THEME_SHARE = 0.9  # of a scene's digits that come from its theme's two classes
-_NUM_TRAIN_DIGITS = 1200
-_ATTEMPTS = 30
-_JPEG_QUALITY = 92
+_NUM_TRAIN_DIGITS, _ATTEMPTS, _JPEG_QUALITY = 1200, 30, 92
+
+_Box = tuple[int, int, int, int]  # xyxy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class ScenePainter:
         rng = np.random.default_rng((*self._stream, number))
         theme = self._themes[rng.integers(_NUM_THEMES)] if self._themes else None
         canvas = self._background(rng, theme)
-        boxes: list[tuple[int, int, int, int]] = []
+        boxes: list[_Box] = []
         labels: list[int] = []
         for _ in range(rng.integers(_NUM_DIGITS[0], _NUM_DIGITS[1] + 1)):
             themed = theme is not None and rng.random() < _THEME_SHARE
@@ -110,16 +110,12 @@ def _draw_themes(rng: np.random.Generator, photos: list[NDArray[np.uint8]]) -> l
     classes = np.concatenate([rng.permutation(10).reshape(5, 2), rng.permutation(10).reshape(5, 2)])
     hues = (np.arange(_NUM_THEMES) + rng.random()) / _NUM_THEMES
     themes = []
-    for number, hue in enumerate(rng.permutation(hues)):
-        photo = number % len(photos)
-        corner = rng.integers(np.subtract(photos[photo].shape[:2], SIDE_PX))
-        themes.append(_Theme(hue=hue, photo=photo, corner=corner, classes=classes[number]))
+    for hue, pair, (photo, image) in zip(rng.permutation(hues), classes, cycle(enumerate(photos)), strict=False):
+        themes.append(_Theme(hue=hue, photo=photo, corner=rng.integers(np.subtract(image.shape[:2], SIDE_PX)), classes=pair))
     return themes
 
 
-def _place_digit(
-    canvas: NDArray[np.float32], glyph: NDArray[np.float32], taken: list[tuple[int, int, int, int]], rng: np.random.Generator
-) -> tuple[int, int, int, int] | None:
+def _place_digit(canvas: NDArray[np.float32], glyph: NDArray[np.float32], taken: list[_Box], rng: np.random.Generator) -> _Box | None:
     """Paint one digit where none is yet; returns its xyxy box, or None where no room was found."""
     turn_deg = float(rng.uniform(-_MAX_TURN_DEG, _MAX_TURN_DEG))
     # A crowded scene has room for a small digit only.
@@ -137,7 +133,7 @@ def _place_digit(
     return None
 
 
-def _touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+def _touch(a: _Box, b: _Box) -> bool:
     """Whether two boxes overlap or lie closer than the gap."""
     return a[0] < b[2] + _GAP_PX and b[0] < a[2] + _GAP_PX and a[1] < b[3] + _GAP_PX and b[1] < a[3] + _GAP_PX
 
@@ -156,10 +152,9 @@ def _enlarge(glyph: NDArray[np.float32], side_px: int, turn_deg: float) -> NDArr
 def _ink_color(background: float, rng: np.random.Generator) -> NDArray[np.float32]:
     """Any hue, a luminance that keeps the contrast to `background` (but for what clipping takes from strong colors)."""
     room_below, room_above = max(0.0, background - _MIN_CONTRAST), max(0.0, _WHITE - background - _MIN_CONTRAST)
-    if rng.random() * (room_below + room_above) < room_below:
-        level = rng.uniform(_BLACK, max(_BLACK, room_below))
-    else:
-        level = rng.uniform(background + _MIN_CONTRAST, max(background + _MIN_CONTRAST, _WHITE))
+    darker = rng.random() * (room_below + room_above) < room_below
+    low, high = (_BLACK, room_below) if darker else (background + _MIN_CONTRAST, _WHITE)
+    level = rng.uniform(low, max(low, high))
     return np.asarray(level * _color(rng.random(), rng.uniform(0, 0.85)), np.float32)
 
 
@@ -183,21 +178,19 @@ def write_scenes(folder: Path, *, num_scenes: int, seed: int, held_out_digits: b
     if about.is_file() and json.loads(about.read_text()) == settings:
         return
     painter = ScenePainter(seed=seed, held_out_digits=held_out_digits, themed=not labelled)
-    images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
     with atomic_folder(folder) as target, progress(f"drawing {folder.name}", total=num_scenes, unit="scenes") as advance:
         (target / "images").mkdir()
         for number in range(num_scenes):
             scene = painter.paint(number)
-            name = f"{number:06d}.jpg"
             _, encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-            (target / "images" / name).write_bytes(encoded.tobytes())
-            images.append({"id": number, "file_name": name, "width": SIDE_PX, "height": SIDE_PX})
+            (target / "images" / f"{number:06d}.jpg").write_bytes(encoded.tobytes())
             for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
                 box = [x1, y1, x2 - x1, y2 - y1]
                 annotations.append({"id": len(annotations), "image_id": number, "category_id": label, "bbox": box, "iscrowd": 0})
             advance()
         if labelled:
+            images = [{"id": i, "file_name": f"{i:06d}.jpg", "width": SIDE_PX, "height": SIDE_PX} for i in range(num_scenes)]
             categories = [{"id": label, "name": str(label)} for label in range(10)]
             write_json(target / "annotations.json", {"images": images, "annotations": annotations, "categories": categories})
         write_json(target / "scenes.json", settings)

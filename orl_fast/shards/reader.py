@@ -14,8 +14,7 @@ from orl_fast.errors import DataError
 from orl_fast.shards.index import ShardIndex
 from orl_fast.shards.manifest import tar_path
 
-_MAX_OPEN_FILES = 16_384
-_MAX_OPEN_MAPS = 4096
+_MAX_OPEN_FILES, _MAX_OPEN_MAPS = 16_384, 4096
 
 
 class ShardReader:
@@ -58,11 +57,9 @@ class ShardReader:
         return ShardReader, (self.index,)
 
     def _shard(self, shard: int) -> NDArray[np.uint8]:
-        slots = self._slots
-        if not slots:
+        if not (slots := self._slots):
             raise ValueError("this ShardReader is closed")
-        slot = shard % len(slots)
-        found = slots[slot]
+        found = slots[slot := shard % len(slots)]
         if found is None or found[0] != shard:
             found = slots[slot] = (shard, self._mapped(shard))
         return found[1]

@@ -133,17 +133,16 @@ def _scan(root: Path) -> tuple[dict[str, int], dict[str, str]]:
     top = os.path.join(root, "")
     images: dict[str, int] = {}
     unreadable: dict[str, str] = {}
-    visited: set[tuple[int, int]] = set()  # links are followed: those in a circle end here
+    visited: set[str] = set()  # links are followed: those in a circle end here
 
     def note(error: OSError) -> None:
         unreadable[error.filename.removeprefix(top)] = f"cannot be read: {error.strerror}"
 
     for folder, subfolders, names in os.walk(top, followlinks=True, onerror=note):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
+        if (real := os.path.realpath(folder)) in visited:
             subfolders.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in names:
             if name.startswith(".") or os.path.splitext(name)[1].lower() not in IMAGE_SUFFIXES:
