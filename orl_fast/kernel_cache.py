@@ -21,13 +21,11 @@ _NAMES = f"numba-{'[0-9a-f]' * 16}"
 def set_up_kernel_cache(package: Path) -> None:
     """Set NUMBA_CACHE_DIR for this process and its children. Call it before numba is imported.
 
-    A NUMBA_CACHE_DIR of the user's own is the parent folder. Otherwise the cache is beside the package, or in the user's cache folder where
-    the package cannot be written, or in a private temporary folder where that cannot be written either.
+    The cache lies in a NUMBA_CACHE_DIR of the user's own, else beside the package, else in the user's cache folder, else in a private
+    temporary folder: the first of these that can be written.
     """
-    digest = hashlib.sha256()
-    for path in kernel_sources(package):
-        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
-    name = f"numba-{digest.hexdigest()[:16]}"
+    texts = (f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0" for path in kernel_sources(package))
+    name = f"numba-{hashlib.sha256(b''.join(texts)).hexdigest()[:16]}"
     parents = [package / "__pycache__", Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "orl-fast")]
     given = Path(os.environ.get("NUMBA_CACHE_DIR", ""))
     if re.fullmatch(_NAMES, given.name):  # set by a parent process

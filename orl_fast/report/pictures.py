@@ -91,15 +91,10 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 def pair_grid(
     index: ShardIndex, rois: BoxTable, pairs: PairTable, *, images: Sequence[int], num_neighbors: int, title: str = "Corresponding RoIs"
 ) -> Grid:
-    """Each of the `images` (rows of the index) and its first neighbors, as far as they were mined: the best pair's two boxes in one color,
-    with their similarity (ORL, figures 3 and 5).
-    """
+    """Images (rows of the index) and their first neighbors: the best pair's boxes in one color, with similarity (ORL, figures 3 and 5)."""
     num_neighbors = min(num_neighbors, pairs.neighbors.shape[1])
-    grid = Grid(
-        title=title,
-        note="Boxes of one color are the best pair of RoIs of the image and that neighbor. Below: cosine similarity of the two RoIs.",
-        headings=["image", *(f"neighbor {k + 1}" for k in range(num_neighbors))],
-    )
+    note = "Boxes of one color are the best pair of RoIs of the image and that neighbor. Below: cosine similarity of the two RoIs."
+    grid = Grid(title=title, note=note, headings=["image", *(f"neighbor {k + 1}" for k in range(num_neighbors))])
     with ShardReader(index) as reader:
         for row in images:
             own: Boxes = []

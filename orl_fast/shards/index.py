@@ -41,8 +41,7 @@ class ShardIndex:
         self.heights, self.widths, self.shard_ids, self.sources = (rows[name] for name in ("height", "width", "shard", "source"))
         self.image_ids, self.offsets, self.sizes = (rows[name] for name in ("image_id", "offset", "size"))
         names: NDArray[np.uint8] = _mapped(self.path / NAMES_NAME, np.uint8, int(rows["name_end"][-1]))
-        self.keys: Sequence[str] = _Names(rows["name_end"], names, part=0)
-        self.file_names: Sequence[str] = _Names(rows["name_end"], names, part=1)
+        self.keys, self.file_names = (_Names(rows["name_end"], names, part=part) for part in (0, 1))
 
     @classmethod
     def open(cls, path: Path) -> "ShardIndex":
@@ -92,6 +91,5 @@ def _mapped(path: Path, dtype: DTypeLike, length: int) -> NDArray[Any]:
         if found.dtype != dtype or found.shape != (length,):
             raise ValueError(f"its shape is {found.shape}, expected ({length},)")
     except (OSError, ValueError, EOFError) as error:
-        message = f"missing or damaged ({error}); pack the images again with orl-fast shard --overwrite"
-        raise DataError(f"{path}: {message}") from error
+        raise DataError(f"{path}: missing or damaged ({error}); pack the images again with orl-fast shard --overwrite") from error
     return found

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from orl_fast.console import log
@@ -66,11 +65,10 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks
 
 
 def _set_up_worker() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _exit_with(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+def _exit_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)

@@ -276,8 +276,8 @@ def _work_folder(out: Path, *, inputs: str, overwrite: bool) -> Iterator[Manifes
                     _clear(out)
                 with atomic_file(plan) as file:
                     file.write(inputs.encode())
-                for folder in (out, work):
-                    remove_leftovers(folder)
+                remove_leftovers(out)
+                remove_leftovers(work)
             yield finished
         except BaseException:
             if not any(work.glob("*.json")):
