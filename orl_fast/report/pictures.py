@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import cast
 
@@ -167,14 +168,10 @@ def view_grid(
 def _changes(plan: ViewPlan, crop: int) -> str:
     """What the plan does to a view besides cropping, in a few words."""
     crops = plan.crops
-    done = [
-        ("flip", crops.flip[crop]),
-        ("color", (crops.factors[crop] != 1).any() or crops.hue[crop] != 0),
-        ("gray", crops.grayscale[crop]),
-        (f"blur {crops.blur_sigma[crop]:.1f}", crops.blur_sigma[crop] > 0),
-        ("solarized", crops.solarize[crop]),
-    ]
-    return " · ".join(word for word, is_done in done if is_done) or "unchanged"
+    recolored = (crops.factors[crop] != 1).any() or crops.hue[crop] != 0
+    done = (crops.flip[crop], recolored, crops.grayscale[crop], crops.blur_sigma[crop] > 0, crops.solarize[crop])
+    words = ("flip", "color", "gray", f"blur {crops.blur_sigma[crop]:.1f}", "solarized")
+    return " · ".join(compress(words, done)) or "unchanged"
 
 
 def _photograph(reader: ShardReader, row: int, boxes: Boxes, *, caption: str | None = None) -> Cell:

@@ -4,6 +4,7 @@ import io
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,13 +73,9 @@ def _packed(data: bytes) -> PackedImage:
         rotation, is_jpeg = None, image.format in ("JPEG", "MPO")
         with suppress(Exception):  # garbage in the EXIF data is no reason to lose the image
             rotation = _ROTATIONS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
-        reasons = (
-            (not is_jpeg, image.format),
-            (is_jpeg and _frame(data) not in _PLAIN_FRAMES, "arithmetic-coded or lossless JPEG"),
-            (image.mode not in ("RGB", "L"), image.mode),
-            (rotation is not None, "EXIF rotation"),
-        )
-        reencoded = " ".join(str(reason) for holds, reason in reasons if holds)
+        is_odd = is_jpeg and _frame(data) not in _PLAIN_FRAMES
+        reasons = (str(image.format), "arithmetic-coded or lossless JPEG", image.mode, "EXIF rotation")
+        reencoded = " ".join(compress(reasons, (not is_jpeg, is_odd, image.mode not in ("RGB", "L"), rotation is not None)))
         if not reencoded:
             return PackedImage(jpeg=data, width=image.width, height=image.height, reencoded=None)
         upright = _eight_bit(image if rotation is None else image.transpose(rotation))

@@ -52,7 +52,7 @@ def write_shards(
         overwrite: replace a dataset in `out` that was packed from other sources or with other settings.
     Raises:
         DataError: sources are missing or hold no usable images, `out` cannot be used, or the disk is full.
-        StaleError: `out` holds another dataset and `overwrite` is not set.
+        StaleError: `out` holds another dataset and `overwrite` is not set. ValueError: shard_size or num_workers is below 1.
     """
     if shard_size < 1 or (num_workers is not None and num_workers < 1):
         raise ValueError(f"shard_size ({shard_size}) and num_workers ({num_workers}) must be at least 1")
