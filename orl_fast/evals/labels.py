@@ -14,8 +14,8 @@ from orl_fast.config import Section
 from orl_fast.console import log
 from orl_fast.errors import DataError
 from orl_fast.evals import Context
+from orl_fast.shards.images import IMAGE_SUFFIXES
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 _TEST_SPLITS = ("val", "valid", "validation", "test")
 _MIN_SIDE_PX = 8  # a smaller box shows nothing that could be recognized
 
@@ -160,7 +160,7 @@ def _from_folders(root: Path) -> Objects:
     if (root / "JPEGImages").is_dir():
         raise DataError(f"{root}: is in PASCAL VOC's layout, which has no class folders; give its objects as a COCO-style annotation file")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    per_class = [sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES) for folder in folders]
+    per_class = [sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES) for folder in folders]
     classes = [(folder.name, files) for folder, files in zip(folders, per_class, strict=True) if files]
     if len(classes) < 2:
         raise DataError(f"{root}: {len(classes)} subfolders hold images; give a folder that has one for each of two or more classes")
