@@ -4,11 +4,14 @@ import difflib
 import importlib
 import inspect
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import click
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from orl_fast.config import Section
 from orl_fast.evals import EVALS
 
 _FLAGS = {"num_neighbors": "neighbors", "size_px": "size"}  # a field's name, where its option has another
@@ -57,33 +60,50 @@ def _command(name: str) -> click.Command:
         source = data or chosen.get("annotations")
         if source is None or (data is not None and chosen.get("annotations") is not None):
             raise click.UsageError("give either DATA or --annotations FILE")
-        _run(name, module, checkpoint, source, chosen, **values)
+        _run(name, module, checkpoint, source, _checked(module.Options, chosen), **values)
 
     text = f"{module.__doc__.strip()}\n\n{inspect.getdoc(module.Options)}\n\nCHECKPOINT is checkpoint.pt or the run folder that holds it."
     return click.Command(name, params=common, callback=callback, help=text, short_help=EVALS[name])
 
 
+def _flag(name: str) -> str:
+    return f"--{_FLAGS.get(name, name).replace('_', '-')}"
+
+
 def _option(name: str, info: FieldInfo) -> click.Option:
     """A field as an option: its type, limits, default and description."""
-    kinds = [kind for kind in get_args(info.annotation) if kind is not type(None)] or [info.annotation]
-    limits = {type(limit).__name__: getattr(limit, type(limit).__name__.lower()) for limit in info.metadata}
-    low, high = limits.get("Ge", limits.get("Gt")), limits.get("Le", limits.get("Lt"))
-    bounds: dict[str, Any] = {"min": low, "max": high, "min_open": "Gt" in limits, "max_open": "Lt" in limits}
-    kind: Any
-    if isinstance(kinds[0], str):
-        kind = click.Choice(kinds)
-    elif kinds[0] is Path:
+    kinds: tuple[Any, ...] = get_args(info.annotation)
+    kind: Any = next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else info.annotation
+    limits = {key: getattr(limit, key) for limit in info.metadata for key in ("ge", "gt", "le", "lt") if hasattr(limit, key)}
+    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+    bounds: dict[str, Any] = {"min": low, "max": high, "min_open": "gt" in limits, "max_open": "lt" in limits}
+    flag = _flag(name)
+    if get_origin(kind) is Literal:
+        kind = click.Choice(get_args(kind))
+    elif kind is Path:
         kind = click.Path(path_type=Path)
-    elif kinds[0] in (int, float):
-        kind = (click.IntRange if kinds[0] is int else click.FloatRange)(**bounds)
-    else:
-        kind = kinds[0]
-    flag = f"--{_FLAGS.get(name, name).replace('_', '-')}"
-    return click.Option([flag, name], type=kind, default=info.default, show_default=info.default is not None, help=info.description)
+    elif kind in (int, float):
+        kind = (click.IntRange if kind is int else click.FloatRange)(**bounds)
+    elif kind is bool:
+        flag += f"/--no-{flag[2:]}"
+    if info.is_required():
+        return click.Option([flag, name], type=kind, required=True, help=info.description)
+    default = info.get_default(call_default_factory=True)
+    return click.Option([flag, name], type=kind, default=default, show_default=default is not None, help=info.description)
+
+
+def _checked(options: type[Section], chosen: dict[str, Any]) -> Section:
+    """The options, with what the command line's types let pass (nan, or a rule of the section's own) refused as wrong usage."""
+    try:
+        return options(**chosen)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = "".join(f"{_flag(str(name))} {chosen[str(name)]}: " for name in fault["loc"][:1])
+        raise click.UsageError(where + fault["msg"].removeprefix("Value error, ")) from error
 
 
 def _run(
-    name: str, module: Any, checkpoint: Path, data: Path, chosen: dict[str, Any], *, random_init: bool, workers: int | None, device: Any,
+    name: str, module: Any, checkpoint: Path, data: Path, options: Section, *, random_init: bool, workers: int | None, device: Any,
     json_file: Path | None,
 ) -> None:  # fmt: skip
     from rich.console import Console
@@ -96,9 +116,7 @@ def _run(
 
     with process_group(device) as ranks:
         context = Context(device=ranks.device, num_threads=workers or ranks.num_threads)
-        records = evaluate(name, checkpoint, data, module.Options(**chosen), context=context, random_init=random_init)
-    if json_file:
-        write_json(json_file, records)
+        records = evaluate(name, checkpoint, data, options, context=context, random_init=random_init)
     table = Table("backbone", *(str(heading) for heading in module.SCORES.values()), title=EVALS[name].rstrip("."), title_justify="left")
     for record in records:
         table.add_row(record["backbone"], *(f"{100 * record['values'][key]:.1f} %" for key in module.SCORES))
@@ -106,3 +124,5 @@ def _run(
     console.print(table)
     others = ", ".join(f"{key} {value:g}" for key, value in values.items() if key not in module.SCORES)
     console.print(module.summary(values) if hasattr(module, "summary") else others, soft_wrap=True)
+    if json_file:
+        write_json(json_file, records)
