@@ -2,7 +2,7 @@
 
 All contenders take the same JPEGs, RoIs and neighbors, and augment as stage 1 of the paper. Group "one core" pins the process to one core,
 uses no worker and counts the process's own time; group "all cores" gives each contender one worker (process or thread) per core; group
-"scaling" is ours by number of threads. What is configured how is said beside each contender.
+"scaling" is ours by number of threads. Each contender's configuration is documented at its function.
 """
 
 import io
@@ -305,7 +305,7 @@ def _data_loader(samples: list[_Sample], views: Callable[[_Sample], list[torch.T
 
 
 def _web_dataset(samples: list[_Sample], workers: int, stack: ExitStack) -> Callable[[], float]:
-    """Shards that hold the neighbor beside the image, which webdataset could not fetch otherwise; read from disk, one per worker."""
+    """Shards that hold the neighbor next to the image, which webdataset could not fetch otherwise; read from disk, one per worker."""
     import webdataset
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

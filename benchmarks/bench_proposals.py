@@ -1,6 +1,6 @@
 """Selective search against OpenCV's, photograph by photograph, each on one core, and over threads.
 
-- proposals: a round is one photograph, done by both; the name of our row tells how far the sets of boxes agree.
+- proposals: a round is one photograph, done by both; the name of our row gives the share of equal sets of boxes.
 - threads: many photographs over nogil threads of one process against one thread.
 """
 

@@ -2,7 +2,7 @@
 
 - pack: one process. The baseline checks as we do (a full decode by Pillow) and writes with webdataset's TarWriter, without checksums, index
   or syncing to disk; `tar` alone checks nothing.
-- open: an index of ten million images against loading the same table. The name tells by how much the process grew.
+- open: an index of ten million images against loading the same table. The name gives the growth of the process's memory.
 - read: JPEGs in random order. The baseline opens files by name; webdataset can only read in order.
 """
 

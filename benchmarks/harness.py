@@ -169,7 +169,7 @@ def save_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
 
 
 def report(name: str, source: Path | None, json_path: Path, *, quick: bool) -> None:
-    """Run bench_NAME; print its table, write JSON and, where matplotlib is installed, a picture beside it."""
+    """Run bench_NAME; print its table, write JSON and, where matplotlib is installed, a picture next to it."""
     from rich.console import Console
     from rich.table import Table
 

@@ -87,7 +87,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive; whatever reading it raises says that the checkpoint is damaged."""
+    """The archive; any error while reading means that the checkpoint is damaged."""
     if not path.is_file():
         raise MissingStageError(f"{path}: there is no checkpoint; run orl-fast train first, or name one with --checkpoint")
     try:

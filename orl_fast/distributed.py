@@ -55,7 +55,7 @@ def process_group(choice: DeviceChoice = "auto") -> Iterator[Ranks]:
     if world_size == 1:
         yield ranks
         return
-    # gloo beside NCCL: small agreements between hosts, which must not wait for the GPU.
+    # gloo besides NCCL: small exchanges between hosts, which must not wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30), device_id=device if device.type == "cuda" else None)
     try:
@@ -110,7 +110,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def broadcast_value(value: Any, ranks: Ranks) -> Any:
-    """What the first rank says, on every rank; any plain value."""
+    """The first rank's value, on every rank; any plain value."""
     if ranks.world_size == 1:
         return value
     values = [value]
@@ -146,25 +146,25 @@ def mean_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
 
 
 class Agreement:
-    """What any rank wishes (to stop, to save), known to all at the same step, without waiting for the GPU.
+    """What any rank requests (to stop, to save), known to all at the same step, without waiting for the GPU.
 
-    Ranks receive a signal at different steps, and one that stops alone leaves the others waiting for it forever. So a wish of one step is
-    sent in the background and is known in the next.
+    Ranks receive a signal at different steps, and one that stops alone leaves the others waiting for it forever. So a request of one step
+    is sent in the background and is known in the next.
     """
 
-    def __init__(self, ranks: Ranks, num_wishes: int) -> None:
+    def __init__(self, ranks: Ranks, num_requests: int) -> None:
         self._alone = ranks.world_size == 1
-        self._flags = torch.zeros(num_wishes)
+        self._flags = torch.zeros(num_requests)
         self._work: dist.Work | None = None
 
-    def any(self, *wishes: bool) -> list[bool]:
-        """Called by every rank in every step; each entry is True one step after some rank's wish."""
+    def any(self, *requests: bool) -> list[bool]:
+        """Called by every rank in every step; each entry is True one step after some rank's request."""
         if self._alone:
-            return list(wishes)
-        agreed = [False] * len(wishes)
+            return list(requests)
+        agreed = [False] * len(requests)
         if self._work is not None:
             self._work.wait()
             agreed = [flag > 0 for flag in self._flags.tolist()]
-        self._flags.copy_(torch.tensor([float(wish) for wish in wishes]))
+        self._flags.copy_(torch.tensor([float(request) for request in requests]))
         self._work = dist.all_reduce(self._flags, async_op=True)
         return agreed

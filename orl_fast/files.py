@@ -67,7 +67,8 @@ def locked(folder: Path, *, what: str) -> Iterator[None]:
     """Hold `folder`, which is created if it is missing, for one writer; `what` names it to the others, who get a DataError.
 
     The lock is on `folder/.lock`, which stays; only a block that fails and leaves nothing else behind removes it, with the folders created
-    here. Whoever opened a removed file finds another at that path. Without locks in the file system a warning is logged and the block runs.
+    here. A process that opened a removed file locks the one that replaced it. Where the file system has no locks, a warning is logged and
+    the block runs.
     """
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     path = folder / LOCK_NAME
@@ -103,7 +104,7 @@ def _temporary_name(path: Path, kind: str) -> Path:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the path behind links, and a name beside it that no other writer has; what is left under it is removed."""
+    """Yield the path behind links, and a unique temporary name in the same folder; what is left under it is removed."""
     target = path.resolve() if path.is_symlink() else path
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(target, "partial")

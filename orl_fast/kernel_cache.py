@@ -21,7 +21,7 @@ _NAMES = f"numba-{'[0-9a-f]' * 16}"
 def set_up_kernel_cache(package: Path) -> None:
     """Set NUMBA_CACHE_DIR for this process and its children. Call it before numba is imported.
 
-    The cache lies in a NUMBA_CACHE_DIR of the user's own, else beside the package, else in the user's cache folder, else in a private
+    The cache is in a NUMBA_CACHE_DIR of the user's own, else next to the package, else in the user's cache folder, else in a private
     temporary folder: the first of these that can be written.
     """
     texts = (f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0" for path in kernel_sources(package))

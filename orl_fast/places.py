@@ -1,4 +1,4 @@
-"""Where things lie unless a command says otherwise: shards/NAME, shards/NAME/mined, runs/NAME/METHOD."""
+"""Default locations: shards/NAME, shards/NAME/mined, runs/NAME/METHOD."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a mined table was made from, and where tables lie: `mined/KIND`, and beside it those of other settings, `mined/KIND@FINGERPRINT`.
+"""What a mined table was made from, and where tables are stored: `mined/KIND`, and those of other settings in `mined/KIND@FINGERPRINT`.
 
 A table folder holds `table.json` and its arrays. The fingerprint digests the kind, the settings and the fingerprints of the inputs; every
 step is deterministic up to the rounding of floats, so equal fingerprints mean interchangeable content. A folder that is still being filled

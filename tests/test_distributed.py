@@ -1,4 +1,4 @@
-"""What ranks tell each other, in two real processes; this file is also the program that they run."""
+"""What ranks exchange, in two real processes; this file is also the program that they run."""
 
 import pytest
 import torch
@@ -33,10 +33,16 @@ def _check(ranks: Ranks) -> None:
     with pytest.raises(ConfigError, match="the shards: 7 on rank 0, 8 on rank 1; give all nodes the same"):
         require_same({"the recipe": "ab", "the shards": 7 + r, "the weights": r}, ranks)
 
-    # A wish of one rank at one step is known to all at the next, and only then.
+    # A request of one rank at one step is known to all at the next, and only then.
     agreement = Agreement(ranks, 2)
-    wishes = [(False, False), (r == 1, False), (False, r == 0), (False, False), (False, False)]
-    assert [agreement.any(*wish) for wish in wishes] == [[False, False], [False, False], [True, False], [False, True], [False, False]]
+    requests = [(False, False), (r == 1, False), (False, r == 0), (False, False), (False, False)]
+    assert [agreement.any(*request) for request in requests] == [
+        [False, False],
+        [False, False],
+        [True, False],
+        [False, True],
+        [False, False],
+    ]
     agreement.any(False, False)
 
 

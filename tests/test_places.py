@@ -1,4 +1,4 @@
-"""Where things lie unless a command says otherwise."""
+"""Default locations."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_the_only_data_set_need_not_be_named() -> None:
         default_shards()
     _pack("coco")
     assert default_shards() == default_shards(Path("coco")) == default_shards(Path("shards/coco")) == Path("shards/coco")
-    assert default_shards(Path("elsewhere")) == Path("elsewhere")  # whoever opens it says that nothing is there
+    assert default_shards(Path("elsewhere")) == Path("elsewhere")  # opening it reports that nothing is there
     _pack("voc")
     with pytest.raises(DataError, match=r"several data sets \(coco, voc\); name the one to use"):
         default_shards()

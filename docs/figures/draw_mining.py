@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/mining.md beside itself: python docs/figures/draw_mining.py (a minute; nothing is downloaded)."""
+"""Draws the pictures of docs/mining.md into its own folder: python docs/figures/draw_mining.py (a minute; nothing is downloaded)."""
 
 import io
 import tempfile

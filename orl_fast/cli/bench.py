@@ -21,7 +21,7 @@ NAMES = ("proposals", "filter", "neighbors", "mine", "loader", "shard", "step")
 def command(name: str, source: Path | None, json_path: Path | None, quick: bool) -> None:
     """Measure NAME against its baselines, alternating, in one run.
 
-    SOURCE is a folder of photographs or of packed shards; without it, synthetic photographs are used. A picture is written beside the JSON
+    SOURCE is a folder of photographs or of packed shards; without it, synthetic photographs are used. A picture is written next to the JSON
     file where matplotlib is installed.
     """
     if source is not None and not source.is_dir():
@@ -29,7 +29,7 @@ def command(name: str, source: Path | None, json_path: Path | None, quick: bool)
     home = Path(orl_fast.__file__).parent.parent  # a checkout, or an installed package with a copy
     folders = [str(folder) for folder in (home / "benchmarks", home / "orl_fast_benchmarks") if (folder / "harness.py").is_file()]
     if not folders:
-        raise DataError(f"{home}: the benchmarks are not installed beside the package; run from a checkout of the repository")
+        raise DataError(f"{home}: the benchmarks are not installed with the package; run from a checkout of the repository")
     if "benchmarks" not in sys.modules:
         sys.modules["benchmarks"] = ModuleType("benchmarks")
         sys.modules["benchmarks"].__path__ = folders

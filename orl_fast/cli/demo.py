@@ -40,7 +40,7 @@ def command(out: Path, seed: int, fast: bool, restart: bool) -> None:
     if failed:
         click.echo(f"FAILED: the features of {' and '.join(failed)} do not beat random ones by a clear margin.")
         sys.exit(1)
-    click.echo("Learned features beat random ones. Between ORL and BYOL nothing is claimed: one small run cannot tell.")
+    click.echo("Learned features beat random ones. Nothing is claimed about ORL against BYOL: one small run cannot decide that.")
 
 
 def _show(demo: "Demo", results: dict[str, dict[str, float]]) -> None:

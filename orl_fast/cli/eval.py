@@ -39,7 +39,7 @@ class _Evals(click.Group):
 
 @click.group(cls=_Evals)
 def command() -> None:
-    """Evaluate the frozen backbone of a checkpoint. The values are printed, and appended to evals.jsonl beside the checkpoint."""
+    """Evaluate the frozen backbone of a checkpoint. The values are printed, and appended to evals.jsonl next to the checkpoint."""
 
 
 def _command(name: str) -> click.Command:

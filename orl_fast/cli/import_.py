@@ -14,7 +14,7 @@ def command(what: str, file: Path, shards: Path | None, annotations: Path | None
     """Use WHAT the reference implementation mined, from its JSON FILE, in place of our own tables.
 
     Images are matched by file name. `orl-fast mine` keeps imported tables and makes what is missing; "pairs" (its correspondence file)
-    includes neighbors and RoIs, so that training can start. The former tables stay beside them, in mined/KIND@FINGERPRINT. SHARDS is a
+    includes neighbors and RoIs, so that training can start. The former tables are kept in mined/KIND@FINGERPRINT. SHARDS is a
     shard folder [default: the only one below ./shards].
     """
     from orl_fast.cli.export import stage_for

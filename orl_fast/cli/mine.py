@@ -49,7 +49,7 @@ def command(
 
     SHARDS is a shard folder [default: the only one below ./shards]. STEP is one of features, neighbors, proposals, rois, pairs, patches;
     without it, all steps run, and those that are up to date are skipped. An interrupted run resumes where it stopped. Tables of other
-    settings stay beside the new ones, in mined/KIND@FINGERPRINT. Under torchrun, processes share the shards.
+    settings are kept in mined/KIND@FINGERPRINT. Under torchrun, processes share the shards.
     """
     from orl_fast.console import log
     from orl_fast.distributed import process_group

@@ -33,7 +33,7 @@ def _common(function: Any) -> Any:
 @click.option("--neighbors", type=click.IntRange(1, 20), default=4, show_default=True, help="Neighbors of each image.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("pairs.png"), show_default=True)
 def pairs(shards: Path | None, images: str | None, num_images: int, seed: int, mined: Path | None, neighbors: int, out: Path) -> None:
-    """Each image beside its neighbors, with the best pair's two boxes in one color."""
+    """Each image next to its neighbors, with the best pair's two boxes in one color."""
     from orl_fast.places import default_shards, mined_folder
     from orl_fast.provenance import open_info
     from orl_fast.report import draw_grid, pair_grid, save_picture
@@ -83,7 +83,7 @@ def views(
     from orl_fast.train.run import choose_run
 
     index = ShardIndex.open(default_shards(shards))
-    run = choose_run(index, method=method, recipe=recipe, mined=mined, say=log.debug)
+    run = choose_run(index, method=method, recipe=recipe, mined=mined, announce=log.debug)
     specs, rows = METHODS[run.method].views(run.config), np.array(_choose(index, images, num_images=num_images, seed=seed), np.int64)
     with process_group() as ranks:
         plan, batch = render_views(

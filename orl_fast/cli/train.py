@@ -55,11 +55,13 @@ def command(
     named = {"train.epochs": epochs, "loader.renderer": renderer}
     overrides = (*(f"{key}={value}" for key, value in named.items() if value is not None), *overrides)
     with process_group(device) as ranks:
-        say = log.info if ranks.is_main else log.debug
+        announce = log.info if ranks.is_main else log.debug
         index = ShardIndex.open(default_shards(shards))
-        run = choose_run(index, method=method, recipe=recipe, overrides=overrides, folder=out, mined=mined, restart=restart, say=say)
+        run = choose_run(
+            index, method=method, recipe=recipe, overrides=overrides, folder=out, mined=mined, restart=restart, announce=announce
+        )
         if ranks.device.type == "cpu" and device == "auto":
-            say("no GPU here: training on the CPU")
+            announce("no GPU here: training on the CPU")
         outcome = train(
             run.method, run.config, index=index, folder=run.folder, mined=run.mined, ranks=ranks, restart=restart, max_steps=max_steps
         )

@@ -58,7 +58,7 @@ FAST = DemoSize(num_scenes=256, num_labelled=100, byol_epochs=1, orl_epochs=1)
 
 @dataclass(eq=False)
 class Stopped(Exception):
-    """A signal ended a stage, whose state is saved; `signum` says which."""
+    """A signal, `signum`, ended a stage, whose state is saved."""
 
     signum: int
 

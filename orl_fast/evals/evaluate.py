@@ -1,4 +1,4 @@
-"""Running an evaluation on a checkpoint, and keeping what it found beside the checkpoint."""
+"""Running an evaluation on a checkpoint, and keeping its values next to the checkpoint."""
 
 import importlib
 import json
@@ -22,7 +22,7 @@ RANDOM = "random initialization"
 def evaluate(
     name: str, checkpoint: Path, data: Path, options: Section, *, context: Context, random_init: bool = False
 ) -> list[dict[str, Any]]:
-    """Run an evaluation, one of `EVALS`, and append its record to evals.jsonl beside the checkpoint.
+    """Run an evaluation, one of `EVALS`, and append its record to evals.jsonl next to the checkpoint.
 
     Args:
         checkpoint: a file, or the run folder that holds it. data, options: see the evaluation's module.

@@ -97,8 +97,8 @@ def open_labelled(path: Path, *, images: Path | None = None) -> Objects:
 
     Args:
         path: a folder with one subfolder per class (images at any depth below); or a folder with `annotations/` (its only
-            instances_*.json is taken); or a split's folder beside that; or such a .json file.
-        images: the folder of an annotation file's images; by default the split's folder of COCO's layout, an `images` folder beside the
+            instances_*.json is taken); or a split's folder next to that; or such a .json file.
+        images: the folder of an annotation file's images; by default the split's folder of COCO's layout, an `images` folder next to the
             file, or the file's own folder.
     Raises:
         DataError: it is none of these, is damaged, or holds no labelled object.
@@ -107,9 +107,9 @@ def open_labelled(path: Path, *, images: Path | None = None) -> Objects:
         raise DataError(f"{path}: no such file or folder; give a folder with one subfolder per class, or a COCO-style annotation file")
     if path.is_file():
         return _from_coco(path, images or _images_beside(path))
-    beside = path.resolve().parent / "annotations" / f"instances_{path.resolve().name}.json"
-    if beside.is_file():
-        return _from_coco(beside, images or path)
+    annotations = path.resolve().parent / "annotations" / f"instances_{path.resolve().name}.json"
+    if annotations.is_file():
+        return _from_coco(annotations, images or path)
     if (path / "annotations").is_dir() or (path / "annotations.json").is_file():
         found = sorted(path.glob("annotations/instances_*.json")) + sorted(path.glob("annotations.json"))
         if len(found) != 1:

@@ -107,5 +107,5 @@ class FeatureWriter:
 
 
 def renderer_setting(loader: LoaderConfig) -> dict[str, str]:
-    """What a table says of the renderer: mining uses the CPU's unless another is named, whose features differ in their last digits."""
+    """The renderer as a table records it: mining uses the CPU's unless another is named, whose features differ in their last digits."""
     return {} if loader.renderer in ("auto", "cpu") else {"renderer": loader.renderer}

@@ -1,4 +1,4 @@
-"""Mined pairs as WebDataset shards beside the images' shards, for readers of that format."""
+"""Mined pairs as WebDataset shards next to the images' shards, for readers of that format."""
 
 import io
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Corresponding RoIs: the most similar RoI pairs of each image and each of its neighbors (paper, section 3.2, stage 2 iii).
 
-Cosines are products of halves, which float64 sums without rounding, rounded to float32 once. Hence the order of pairs depends on neither
+Cosines are products of halves, which float64 sums without rounding, rounded to float32 once. So the order of pairs depends on neither
 blocks nor threads nor the device; of equal cosines the first in the matrix leads: by the query's RoI, then the partner's.
 """
 
@@ -97,7 +97,7 @@ class PairMiner:
                     yield 1
 
     def join(self) -> None:
-        """Write the arrays of the PairTable, and pairs-NNNNNN.tar beside them."""
+        """Write the arrays of the PairTable, and pairs-NNNNNN.tar next to them."""
         counts = self.rois.counts
         count = num_pairs(counts[:, None], counts[self.neighbors], pair_ratio=self.pair_ratio, variant=self.variant)
         write_array(self.folder / "neighbors.npy", self.neighbors)

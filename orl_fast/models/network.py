@@ -41,7 +41,7 @@ def project(network: Network, views: Sequence[Tensor], *, joined: bool = False) 
     """Projections [B, D] of views of one size, [B, 3, S, S] each, normalized floats.
 
     Args:
-        joined: all views concatenated in one forward pass, hence with common batch statistics. Faster, but not what the papers do.
+        joined: all views concatenated in one forward pass, so with common batch statistics. Faster, but not what the papers do.
     """
     if joined and views:
         return list(network(torch.cat(list(views))).chunk(len(views)))

@@ -19,10 +19,10 @@ def derivatives(image: Array, scratch: Scratch) -> list[Array]:
     planes = [_scharr(image, axis, f"straight {axis}", scratch).reshape(height, 3 * width) for axis in (0, 1)]
     center = (width / 2, height / 2)
     rotated_width, rotated_height = cv2.RotatedRect(center, (width, height), 45.0).boundingRect()[2:]
-    forth = cv2.getRotationMatrix2D(center, 45.0, 1.0)
-    forth[:, 2] += (rotated_width / 2 - center[0], rotated_height / 2 - center[1])
+    rotation = cv2.getRotationMatrix2D(center, 45.0, 1.0)
+    rotation[:, 2] += (rotated_width / 2 - center[0], rotated_height / 2 - center[1])
     rotated = scratch.take("rotated image", (rotated_height, rotated_width, 3), np.uint8)
-    rotated = cv2.warpAffine(image, forth, (rotated_width, rotated_height), dst=rotated)
+    rotated = cv2.warpAffine(image, rotation, (rotated_width, rotated_height), dst=rotated)
     back = cv2.invertAffineTransform(cv2.getRotationMatrix2D((rotated_width // 2, rotated_height // 2), -45.0, 1.0)).astype(np.float32)
     # A narrow image is longer than its rotated bounding box: OpenCV starts at 0 there.
     left, top = max(0, rotated_width - width) // 2, max(0, rotated_height - height) // 2

@@ -104,7 +104,7 @@ def list_images(sources: Sequence[Source]) -> Listing:
 
 def _coco_splits(root: Path) -> dict[str, Source]:
     """The splits of a COCO root: folders, in it or in its images/, that have an annotation file."""
-    patterns = ("images/*/", "*/") if (root / "annotations").is_dir() else ()  # the folder beside images/ wins
+    patterns = ("images/*/", "*/") if (root / "annotations").is_dir() else ()  # the folder next to images/ wins
     found = ((folder, _annotations_of(folder)) for pattern in patterns for folder in sorted(root.glob(pattern)))
     return {folder.name: Source(folder=folder, annotations=annotations) for folder, annotations in found if annotations}
 
@@ -122,7 +122,7 @@ def _chosen_splits(root: Path, found: list[str], wanted: Sequence[str]) -> Seque
 
 
 def _annotations_of(folder: Path) -> Path | None:
-    """The annotation file of a COCO split folder: in annotations/ beside it, or beside the images/ that contains it."""
+    """The annotation file of a COCO split folder: in annotations/ next to it, or next to the images/ that contains it."""
     homes = [folder.parent, folder.parent.parent] if folder.parent.name == "images" else [folder.parent]
     candidates = (home / "annotations" / f"{kind}_{folder.name}.json" for home in homes for kind in ("instances", "image_info"))
     return next((path for path in candidates if path.is_file()), None)

@@ -127,7 +127,7 @@ def _train(
             total, done = num_steps * options.batch_size, first_step * options.batch_size
             advance = stack.enter_context(progress(f"train {method}", total=total, unit="images", done=done))
         stop = stack.enter_context(_stop_signals())
-        agreement, meter, clock = Agreement(ranks, num_wishes=2), Meter(ranks), _SaveClock(options.checkpoint_every_min, ranks)
+        agreement, meter, clock = Agreement(ranks, num_requests=2), Meter(ranks), _SaveClock(options.checkpoint_every_min, ranks)
         batches = on_device(loader, ranks.device, clock=meter.clock)
         note: str | None = None
 
@@ -207,7 +207,7 @@ def _require_finite(step: TrainStep, ranks: Ranks, *, step_done: int) -> None:
 
 
 class _SaveClock:
-    """When the first rank wishes a checkpoint because time has passed; a wish is uttered once."""
+    """When the first rank requests a checkpoint because time has passed; each request is made once."""
 
     def __init__(self, every_min: float, ranks: Ranks) -> None:
         self._every_s = every_min * 60 if ranks.is_main and every_min else math.inf

@@ -40,7 +40,7 @@ def choose_run(
     folder: Path | None = None,
     mined: Path | None = None,
     restart: bool = False,
-    say: Callable[..., None],
+    announce: Callable[..., None],
 ) -> Run:
     """The run that a command names, completed by what lies on disk.
 
@@ -50,14 +50,14 @@ def choose_run(
     Args:
         method: by default the stage that comes next. recipe: a shipped one or a TOML file. overrides: "key=value".
         folder: by default runs/NAME/METHOD. mined: by default SHARDS/mined.
-        say: receives what was chosen, and why, as log messages.
+        announce: receives what was chosen, and why, as log messages.
     Raises:
         ConfigError, MissingStageError, StaleError: see `load_config` and `open_mined`.
     """
     mined = mined or mined_folder(index.path)
     if method is None:
         method, reason = next_method(index, mined)
-        say("%s: %s", _STAGES[method], reason)
+        announce("%s: %s", _STAGES[method], reason)
         if method == "orl":
             warn_if_mined_elsewhere(mined, stage_1_checkpoint(index.path))
     if method not in METHODS:
@@ -66,13 +66,13 @@ def choose_run(
     earlier = None if restart else earlier_run(folder)
     if recipe is None and earlier is not None:
         config = with_overrides(config_from_dict(earlier["config"], where=str(folder / CHECKPOINT)), overrides)
-        say("configuration: of the run in %s%s", folder, _with(overrides))
+        announce("configuration: of the run in %s%s", folder, _with(overrides))
     else:
         if recipe is None:
             recipe, inherited = _default_recipe(method, index, mined)
             overrides = [*inherited, *overrides]
         config = load_config(recipe, overrides=overrides)
-        say("recipe: %s%s", recipe, _with(overrides))
+        announce("recipe: %s%s", recipe, _with(overrides))
     recorded: Mapping[str, Any] | None = earlier["mined"] if earlier is not None and earlier["method"] == method else None
     tables = open_mined(index, mined, config, recorded=recorded) if needs_pairs(method, config) else None
     return Run(method=method, config=config, folder=folder, mined=tables)

@@ -1,4 +1,4 @@
-"""Batches on their way to the device: uploads run beside the computation, and waiting is counted."""
+"""Batches on their way to the device: uploads overlap with the computation, and waiting is counted."""
 
 import time
 from collections.abc import Iterable, Iterator

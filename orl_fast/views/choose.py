@@ -38,7 +38,7 @@ def open_renderer(
 
     Args:
         kind: "cpu", "gpu", "reference", "dali-cpu" (the GPU's graph on the CPU, a cross-check) or "auto".
-        device: where the views go. num_threads: unless `loader.num_threads` says otherwise; 0: all cores of this process.
+        device: where the views go. num_threads: unless `loader.num_threads` is set; 0: all cores of this process.
     Raises:
         ConfigError: "gpu" without a CUDA device.
     """

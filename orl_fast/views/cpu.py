@@ -42,7 +42,7 @@ class CpuRenderer:
         sizes = np.array(list(plan.sizes_px.values()), np.int64)
         num = len(plan.rows)
         ends = np.cumsum(num * sizes * sizes * 3)
-        # One block for all views. It is new for each plan: whoever holds a batch holds its memory.
+        # One block for all views. It is new for each plan: a batch that is held keeps its memory.
         out = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self._pin_memory)
         crops, pixels = plan.crops, out.numpy()
 

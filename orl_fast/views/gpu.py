@@ -164,7 +164,7 @@ def _view(image: Any, v: int, size: int, beyond_box: bool, places: Any) -> Any:
         start, end = (fn.cast(p[name], dtype=types.INT32) for name in ("start", "end"))
         x = fn.resize(fn.slice(image, start=start, end=end, axes=(0, 1), out_of_bounds_policy="trim_to_shape"), **options)
     x = fn.flip(x, horizontal=p["flip"])
-    # PIL truncates where DALI rounds: hence the half.
+    # PIL truncates and DALI rounds, so a half is subtracted.
     x = fn.coord_transform(x, M=p["before"], T=-0.49, dtype=types.UINT8)
     mean = math.floor(fn.reductions.mean(fn.coord_transform(x, M=_LUMA.tolist()), axes=(0, 1)) + 0.5)
     x = fn.cast(math.clamp(x * p["contrast"] + mean * (1 - p["contrast"]) - 0.49, 0.0, 255.0), dtype=types.UINT8)

@@ -96,7 +96,7 @@ class ViewLoader:
             source: where images are read from, by default the one that `loader.source` names.
             loader: renderer, threads and prefetching.
             device: where the views go; decides whether the GPU may render.
-            num_threads: for rendering, unless `loader.num_threads` says otherwise; 0: all cores of this process.
+            num_threads: for rendering, unless `loader.num_threads` is set; 0: all cores of this process.
         Raises:
             ConfigError: two views share a name or a stream, the batch cannot be shared by the ranks, is larger than the data, or the
                 renderer cannot run here.

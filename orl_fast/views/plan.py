@@ -1,6 +1,6 @@
 """What to render: a `ViewPlan` holds every parameter of a batch of views, drawn by pure functions of (seed, epoch, image, stream).
 
-"Draw on the host, render on the device": renderers execute a plan and hold no randomness. Hence any step of any epoch can be drawn alone,
+"Draw on the host, render on the device": renderers execute a plan and hold no randomness. So any step of any epoch can be drawn alone,
 by any rank or thread, and two renderers can be compared on the same views.
 """
 

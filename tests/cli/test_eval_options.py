@@ -1,4 +1,4 @@
-"""Options of an evaluation as options of its command, and records beside the checkpoint."""
+"""Options of an evaluation as options of its command, and records next to the checkpoint."""
 
 import json
 import logging

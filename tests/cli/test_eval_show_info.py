@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes that colors tell apart, twelve images each, in folders; one image is broken."""
+    """Two classes that differ in color, twelve images each, in folders; one image is broken."""
     root, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
     for name, tint in (("warm", (60, 0, -60)), ("cold", (-60, 0, 60))):
         (root / name).mkdir()

@@ -1,4 +1,4 @@
-"""`orl-fast train` as a person runs it: which stage, which recipe, what is said, and the exit codes."""
+"""`orl-fast train` as a person runs it: which stage, which recipe, the output, and the exit codes."""
 
 import os
 import shutil
@@ -51,9 +51,9 @@ def orl_fast(packed: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return Done(code, said.out, said.err)
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        return Done(code, output.out, output.err)
 
     return run
 

@@ -25,7 +25,7 @@ def _coco(root: Path, num_images: int = 3) -> Path:
             {"id": 3 * i + 1, "image_id": 10 + i, "category_id": 3, "bbox": [5, 6, 20, 9.5]},
             {"id": 3 * i + 2, "image_id": 10 + i, "category_id": 3, "bbox": [0, 0, 30, 30], "iscrowd": 1},
         ]
-    annotations.append({"id": 99, "image_id": 10, "category_id": 7, "bbox": [0, 0, 3, 30], "iscrowd": 0})  # too narrow to tell
+    annotations.append({"id": 99, "image_id": 10, "category_id": 7, "bbox": [0, 0, 3, 30], "iscrowd": 0})  # too narrow to use
     images = [{"id": 10 + i, "file_name": f"{i}.jpg"} for i in range(num_images)] + [{"id": 50, "file_name": "absent.jpg"}]
     annotations.append({"id": 100, "image_id": 50, "category_id": 7, "bbox": [0, 0, 30, 30], "iscrowd": 0})
     categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}, {"id": 5, "name": "unseen"}]

@@ -54,9 +54,9 @@ def test_derivatives_equal_opencvs(shape: tuple[int, int]) -> None:
     planes = derivatives(image, Scratch())
     center = (width / 2, height / 2)
     box_width, box_height = cv2.RotatedRect(center, (width, height), 45.0).boundingRect()[2:]
-    forth = cv2.getRotationMatrix2D(center, 45.0, 1.0)
-    forth[:, 2] += (box_width / 2 - center[0], box_height / 2 - center[1])
-    rotated = cv2.warpAffine(image, forth, (box_width, box_height))
+    rotation = cv2.getRotationMatrix2D(center, 45.0, 1.0)
+    rotation[:, 2] += (box_width / 2 - center[0], box_height / 2 - center[1])
+    rotated = cv2.warpAffine(image, rotation, (box_width, box_height))
     back = cv2.getRotationMatrix2D((box_width // 2, box_height // 2), -45.0, 1.0)
     left, top = max(0, box_width - width) // 2, max(0, box_height - height) // 2
     for axis in (0, 1):

@@ -28,9 +28,9 @@ def _mine(data: ShardIndex, *, num_neighbors: int = 3) -> None:
 
 
 def _choose(data: ShardIndex, **options: object) -> tuple[Run, list[str]]:
-    said: list[str] = []
-    run = choose_run(data, say=lambda message, *values: said.append(message % values), **options)  # type: ignore[arg-type]
-    return run, said
+    logged: list[str] = []
+    run = choose_run(data, announce=lambda message, *values: logged.append(message % values), **options)  # type: ignore[arg-type]
+    return run, logged
 
 
 def _train(data: ShardIndex, method: str, config: Config, *, max_steps: int = 1) -> None:
@@ -39,34 +39,34 @@ def _train(data: ShardIndex, method: str, config: Config, *, max_steps: int = 1)
 
 
 def test_the_first_stage_is_byol_with_the_methods_recipe(data: ShardIndex) -> None:
-    run, said = _choose(data)
+    run, logged = _choose(data)
     assert run == Run(method="byol", config=load_config(METHODS["byol"].recipe), folder=Path("runs/twelve/byol"), mined=None)
-    assert said == ["stage 1, BYOL: nothing is mined yet in shards/twelve/mined", "recipe: coco-r50"]
-    run, said = _choose(data, recipe="tiny", overrides=["epochs=7"], folder=Path("elsewhere"))
+    assert logged == ["stage 1, BYOL: nothing is mined yet in shards/twelve/mined", "recipe: coco-r50"]
+    run, logged = _choose(data, recipe="tiny", overrides=["epochs=7"], folder=Path("elsewhere"))
     assert (run.config, run.folder) == (load_config("tiny", overrides=["epochs=7"]), Path("elsewhere"))
-    assert said[-1] == "recipe: tiny, with epochs=7"
+    assert logged[-1] == "recipe: tiny, with epochs=7"
 
 
 def test_once_pairs_are_mined_comes_orl_with_stage_1s_recipe_and_the_pairs_numbers(data: ShardIndex) -> None:
     _train(data, "byol", run_config("intra_weight=0.25", "mining.num_neighbors=9"))
     _mine(data)
-    run, said = _choose(data)
+    run, logged = _choose(data)
     assert (run.method, run.folder) == ("orl", Path("runs/twelve/orl"))
     assert run.config == run_config("intra_weight=0.25", "mining.num_neighbors=3")
     assert run.mined is not None
-    assert said[0] == "stage 3, ORL: pairs are there in shards/twelve/mined"
-    assert said[1] == "recipe: runs/twelve/byol/recipe.toml, with mining.num_neighbors=3, mining.pair_ratio=0.1"
+    assert logged[0] == "stage 3, ORL: pairs are there in shards/twelve/mined"
+    assert logged[1] == "recipe: runs/twelve/byol/recipe.toml, with mining.num_neighbors=3, mining.pair_ratio=0.1"
     assert _choose(data, method="byol")[0].method == "byol"
 
 
 def test_what_is_named_goes_before_what_is_found(data: ShardIndex) -> None:
     _train(data, "byol", run_config())
     _mine(data)
-    run, said = _choose(data, recipe="tiny", overrides=["mining.num_neighbors=2"])
+    run, logged = _choose(data, recipe="tiny", overrides=["mining.num_neighbors=2"])
     assert run.config == load_config("tiny", overrides=["mining.num_neighbors=2"])
     assert run.mined is not None
     assert run.mined.pairs.neighbors.shape == (12, 2)
-    assert said[-1] == "recipe: tiny, with mining.num_neighbors=2"
+    assert logged[-1] == "recipe: tiny, with mining.num_neighbors=2"
     with pytest.raises(StaleError, match=r"5 neighbors .* need more pairs than were mined"):
         _choose(data, recipe="tiny")  # asks for 5
 
@@ -76,9 +76,9 @@ def test_a_run_is_resumed_with_its_own_recipe(data: ShardIndex) -> None:
     _mine(data)
     config = run_config("mining.num_neighbors=1", "lr_per_256=0.7")
     _train(data, "orl", config)
-    run, said = _choose(data)
+    run, logged = _choose(data)
     assert run.config == config
-    assert said[-1] == "configuration: of the run in runs/twelve/orl"
+    assert logged[-1] == "configuration: of the run in runs/twelve/orl"
     train_run(data, run.folder, run.config, mined=mined_folder(data.path), max_steps=2)
     assert _choose(data, overrides=["log_every_steps=1"])[0].config == run_config(
         "mining.num_neighbors=1", "lr_per_256=0.7", "log_every_steps=1"

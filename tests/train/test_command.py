@@ -95,7 +95,7 @@ def test_patches_of_a_folder_that_is_replaced_are_read_on(home: Path) -> None:
     index = ShardIndex.open(home / "shards" / "twelve")
     recipe = home / "recipe.toml"
     recipe.write_text("[mining]\nnum_neighbors = 3\n")
-    run = choose_run(index, method="orl", recipe=str(recipe), say=log.debug)
+    run = choose_run(index, method="orl", recipe=str(recipe), announce=log.debug)
     assert run.mined is not None
     assert run.mined.patches is not None
     os.rename(mined / "patches", mined / "patches@former")

@@ -1,4 +1,4 @@
-"""The step on synthetic views: it learns, and it does what its options say."""
+"""The step on synthetic views: it learns, and it follows its options."""
 
 from typing import Any
 

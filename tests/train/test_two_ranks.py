@@ -59,7 +59,7 @@ def test_two_ranks_learn_what_one_process_learns(method: str, tmp_path: Path) ->
 
 
 def _run(jobs: list[dict[str, Any]], *, of_rank_1: list[dict[str, Any]] | None = None) -> list[list[dict[str, Any]]]:
-    """Trainings in two ranks, one after the other; what each rank says of each."""
+    """Trainings in two ranks, one after the other; what each rank reports of each."""
     results = []
     for code, output in run_ranks([_PROGRAM, json.dumps(jobs)], [_PROGRAM, json.dumps(of_rank_1 or jobs)]):
         assert code == 0, output
@@ -121,9 +121,9 @@ def test_ranks_that_differ_refuse_to_start(packed: ShardIndex, mined: Path, phot
     before = (tmp_path / "resumed" / CHECKPOINT).read_bytes()
     found = _run([base | first for first, _, _ in pairs], of_rank_1=[base | second for _, second, _ in pairs])
     for rank in found:
-        for (_, _, message), said in zip(pairs, rank, strict=True):
-            assert said["error"].startswith(f"ConfigError: {message}"), (message, said)
-            assert "give all nodes the same shards, mined tables, recipe and run folder" in said["error"]
+        for (_, _, message), reported in zip(pairs, rank, strict=True):
+            assert reported["error"].startswith(f"ConfigError: {message}"), (message, reported)
+            assert "give all nodes the same shards, mined tables, recipe and run folder" in reported["error"]
     assert (tmp_path / "resumed" / CHECKPOINT).read_bytes() == before
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "empty").exists()
