@@ -106,7 +106,10 @@ def _temporary_name(path: Path, kind: str) -> Path:
 def _temporary(path: Path) -> Iterator[tuple[Path, Path]]:
     """Yield the path behind links, and a unique temporary name in the same folder; what is left under it is removed."""
     target = path.resolve() if path.is_symlink() else path
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # /proc, for example, where no folder can be made; within a block it means something else
+        raise DataError(f"{path}: its folder cannot be created; choose another folder") from error
     temporary = _temporary_name(target, "partial")
     try:
         yield target, temporary

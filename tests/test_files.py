@@ -316,6 +316,8 @@ def test_folders_that_cannot_be_locked_are_explained(tmp_path: Path) -> None:
             pass
     with pytest.raises(DataError, match="cannot be written"):
         write_json(tmp_path / "file" / "value.json", 1)
+    with pytest.raises(DataError, match=r"/proc/nowhere/value.json: its folder cannot be created; choose another folder"):
+        write_json(Path("/proc/nowhere/value.json"), 1)
     assert os.listdir(tmp_path) == ["file"]
 
 

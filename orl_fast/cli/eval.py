@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from orl_fast.config import Section
+from orl_fast.errors import ConfigError
 from orl_fast.evals import EVALS
 
 _FLAGS = {"num_neighbors": "neighbors", "size_px": "size"}  # a field's name, where its option has another
@@ -115,6 +116,8 @@ def _run(
     from orl_fast.files import write_json
 
     with process_group(device) as ranks:
+        if ranks.world_size > 1:
+            raise ConfigError(f"{ranks.world_size} ranks: an evaluation is one process; start it without torchrun")
         context = Context(device=ranks.device, num_threads=workers or ranks.num_threads)
         records = evaluate(name, checkpoint, data, options, context=context, random_init=random_init)
     table = Table("backbone", *(str(heading) for heading in module.SCORES.values()), title=EVALS[name].rstrip("."), title_justify="left")

@@ -74,7 +74,11 @@ def encode_objects(
     Args:
         size_px: side of the views; by default the size of stage 2's image crops (for images) or RoIs (for boxes).
         renderer: see `open_renderer`. num_threads: for reading and rendering.
+    Raises:
+        ConfigError: the backbone takes no views of that size.
     """
+    size_px = size_px or (encoder.mining.crop_px if objects.boxes is None else encoder.mining.roi_size_px)
+    encoder.backbone.require_size(size_px, setting="side of the views (--size)")
     source = _Files(objects, num_threads)
     drawn = open_renderer(renderer, source, LoaderConfig(), device=device, num_threads=num_threads)
     try:
@@ -177,7 +181,7 @@ def _header(path: Path) -> tuple[int, int]:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
             return 3 * image.width * image.height, orientation if orientation in range(2, 9) else 1
-    except Exception:
+    except Exception:  # decoders raise anything at all on garbage
         return 0, 1
 
 
@@ -189,11 +193,10 @@ def _read(path: Path) -> PackedImage | str:
         return str(error)
 
 
-def _plan(encoder: Encoder, source: _Files, members: NDArray[np.int64], *, size_px: int | None) -> ViewPlan:
+def _plan(encoder: Encoder, source: _Files, members: NDArray[np.int64], *, size_px: int) -> ViewPlan:
     mining, rows = encoder.mining, source.objects.images[members]
     if source.boxes is None:
-        crop_px = size_px or mining.crop_px
-        resize_px = round(crop_px * mining.resize_px / mining.crop_px)
-        return center_crops(rows, heights=source.sizes_px[:, 1], widths=source.sizes_px[:, 0], resize_px=resize_px, crop_px=crop_px)
+        resize_px = round(size_px * mining.resize_px / mining.crop_px)
+        return center_crops(rows, heights=source.sizes_px[:, 1], widths=source.sizes_px[:, 0], resize_px=resize_px, crop_px=size_px)
     boxes = pad_boxes(source.boxes[members], sizes_px=source.sizes_px[rows])
-    return roi_crops(rows, boxes, size_px=size_px or mining.roi_size_px)
+    return roi_crops(rows, boxes, size_px=size_px)

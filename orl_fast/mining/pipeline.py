@@ -83,7 +83,10 @@ class Stage:
         header = read_header(checkpoint_path(self.checkpoint))
         if header["step"] < header["num_steps"] and self.executor.is_main:
             log.warning("%s: its training is not finished, step %d of %d", self.checkpoint, header["step"], header["num_steps"])
-        return load_encoder(self.checkpoint)
+        encoder = load_encoder(self.checkpoint)
+        for name in ("crop_px", "roi_size_px"):
+            encoder.backbone.require_size(getattr(self.config.mining, name), setting=f"mining.{name}")
+        return encoder
 
     def run(self, steps: Sequence[str] = STEPS) -> None:
         """Make the tables of these steps, in order; "patches" may be among them. Nothing is written where all are up to date.

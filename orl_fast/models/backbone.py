@@ -19,6 +19,7 @@ _PROBE_PX = 224
 _NUM_LEVELS = 5
 SMALL_RESNET = "resnet10_small"
 TIMM = "timm/"
+_NO_MAP = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError)  # what models raise for sizes that they cannot take
 
 
 class Backbone(nn.Sequential):
@@ -28,6 +29,20 @@ class Backbone(nn.Sequential):
     """
 
     num_features: int
+
+    def require_size(self, size_px: int, *, setting: str) -> None:
+        """Refuse square images that are too small for the model, or that a transformer cannot cut into its patches.
+
+        Raises:
+            ConfigError: names the size by the `setting` that it comes from.
+        """
+        try:
+            _feature_map(self, size_px)
+        except _NO_MAP as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{setting} = {size_px}: too small for the backbone, or no multiple of its patches ({reason}); use another size"
+            ) from error
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Feature maps of several depths: the last one of each resolution, at most five, the deepest last.
@@ -155,23 +170,29 @@ def _trunk(model: nn.Module) -> Backbone:
 
 
 def _probe(backbone: Backbone, name: str) -> int:
-    """The channels of the feature map, found by a pass without arithmetic (meta device); freezes parameters that do not reach the map.
+    """The channels of the feature map; freezes parameters that do not reach the map.
 
     timm keeps some of a head's; distributed training waits for the gradient of all that is to be learned.
     """
-    probe = copy.deepcopy(backbone).to("meta").eval()
     try:
-        features = probe(torch.empty(1, 3, _PROBE_PX, _PROBE_PX, device="meta"))
-        _, num_features, _, _ = features.shape
-        features.sum().backward()
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        num_features, probe = _feature_map(backbone, _PROBE_PX)
+    except _NO_MAP as error:
         raise ConfigError(
             f"model.backbone = {name!r}: gives no feature map [B, C, h, w] at {_PROBE_PX} px; use a convolutional one, for example "
             f"resnet50, or a transformer of timm, for example {TIMM}vit_small_patch16_224"
         ) from error
     for parameter, probed in zip(backbone.parameters(), probe.parameters(), strict=True):
         parameter.requires_grad_(probed.grad is not None)
-    return int(num_features)
+    return num_features
+
+
+def _feature_map(backbone: Backbone, size_px: int) -> tuple[int, nn.Module]:
+    """The channels of the map of an image, from a pass and a backward pass without arithmetic, of a copy on the meta device."""
+    copied = copy.deepcopy(backbone).to("meta").eval().requires_grad_(True)
+    features = copied(torch.empty(1, 3, size_px, size_px, device="meta"))
+    _, num_features, _, _ = features.shape
+    features.sum().backward()
+    return int(num_features), copied
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

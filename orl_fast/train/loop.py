@@ -18,7 +18,7 @@ from orl_fast.checkpoint import CHECKPOINT, PREVIOUS
 from orl_fast.config import Config, LoaderConfig, RendererName, digest
 from orl_fast.console import log, log_to_file, progress
 from orl_fast.distributed import Agreement, Ranks, broadcast_value, mean_over_ranks, require_same
-from orl_fast.errors import ConfigError, DataError
+from orl_fast.errors import ConfigError, DataError, StaleError
 from orl_fast.files import atomic_file, locked, remove_leftovers
 from orl_fast.methods import METHODS
 from orl_fast.models.encoder import is_finite, weights_digest
@@ -179,7 +179,13 @@ def _chosen_renderer(folder: Path | None, open_loader: Callable[..., ViewLoader]
         elif ranks.device.type == "cuda":
             with open_loader(loader=loader, num_steps=0) as trial:
                 kind = trial.renderer_kind
-    return cast(RendererName, broadcast_value(kind, ranks))
+    kind = broadcast_value(kind, ranks)
+    if kind == "gpu" and ranks.device.type != "cuda":
+        raise StaleError(
+            f"{folder}: its views are rendered on a GPU, and there is none here; resume it on a machine with a CUDA GPU, or start from "
+            "scratch with --restart, or use another folder with --out"
+        )
+    return cast(RendererName, kind)
 
 
 def _start(identity: RunIdentity, step: TrainStep, first_step: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Saving a run, and resuming it: the last two checkpoints are kept, and a run is resumed only as the run that it was."""
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def earlier_run(folder: Path) -> Mapping[str, Any] | None:
     Raises:
         DataError: both checkpoints are damaged.
     """
-    return next(((values, path) for values, path in _readable(folder, read_header)), (None, None))[0]
+    return next((values for values, _ in _readable(folder, read_header, level=logging.DEBUG)), None)
 
 
 def restore(folder: Path, identity: RunIdentity, *, method: Method, optimizer: torch.optim.Optimizer) -> int:
@@ -95,7 +96,7 @@ def restore(folder: Path, identity: RunIdentity, *, method: Method, optimizer: t
     Raises:
         StaleError: the checkpoint is another run's. DataError: both checkpoints are damaged.
     """
-    for values, path in _readable(folder, read_checkpoint):
+    for values, path in _readable(folder, read_checkpoint, level=logging.WARNING):
         _check_same_run(path, values, identity)
         try:
             method.load_state_dict(values["model"])
@@ -119,8 +120,8 @@ def require_checkpoint_space(folder: Path, *, method: nn.Module) -> None:
     require_free_space(folder, num_bytes=max(0, 3 * (state + momenta) - there), purpose="three checkpoints (two kept, one being written)")
 
 
-def _readable(folder: Path, read: Any) -> Any:
-    """The latest checkpoint that can be read, with its path; a damaged one is passed over with a warning."""
+def _readable(folder: Path, read: Callable[[Path], Mapping[str, Any]], *, level: int) -> Iterator[tuple[Mapping[str, Any], Path]]:
+    """The latest checkpoints that can be read, with their paths; a damaged one is passed over, and logged at `level`."""
     paths = [path for path in (folder / CHECKPOINT, folder / PREVIOUS) if path.exists()]
     for path in paths:
         try:
@@ -128,7 +129,7 @@ def _readable(folder: Path, read: Any) -> Any:
         except DataError as error:
             if path == paths[-1]:
                 raise
-            log.warning("%s; resuming from %s", error, paths[-1].name)
+            log.log(level, "%s; resuming from %s", error, paths[-1].name)
 
 
 def _check_same_run(path: Path, values: Mapping[str, Any], identity: RunIdentity) -> None:

@@ -25,7 +25,7 @@ class TrainStep:
     Attributes:
         method: the module whose state a checkpoint holds. optimizer: its optimizer.
     Raises:
-        ConfigError: a micro-batch has fewer than the two images that batch norm needs.
+        ConfigError: a micro-batch has fewer than the two images that batch norm needs, or the backbone takes no views of a size.
     """
 
     def __init__(self, method: str, config: Config, *, ranks: Ranks) -> None:
@@ -40,7 +40,10 @@ class TrainStep:
         if ranks.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # sizes never change
         torch.manual_seed(config.train.seed)
-        self.method = METHODS[method](config).to(ranks.device)
+        self.method = METHODS[method](config)
+        for size_px, name in {spec.size_px: spec.name for spec in self.method.views(config)}.items():
+            self.method.online.backbone.require_size(size_px, setting=f"side of the view {name!r}")
+        self.method.to(ranks.device)
         if config.train.channels_last:
             self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.train.sync_bn:

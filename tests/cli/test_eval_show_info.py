@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from benchmarks.untrained import write_untrained
+from orl_fast import distributed
 from orl_fast.checkpoint import read_checkpoint, write_checkpoint
 from orl_fast.cli.main import cli
-from orl_fast.errors import DataError, MissingStageError, OrlFastError
+from orl_fast.distributed import Ranks
+from orl_fast.errors import ConfigError, DataError, MissingStageError, OrlFastError
 from orl_fast.provenance import TableInfo, new_table
 from orl_fast.recipe import load_config
 from orl_fast.shards import ShardIndex, write_shards
@@ -193,3 +196,10 @@ def test_info_of_this_machine() -> None:
     shown = _run("info").output
     assert "nvidia-dali" in shown
     assert torch.__version__.split("+")[0] in shown
+
+
+def test_an_evaluation_is_one_process(checkpoint: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "process_group", lambda _: nullcontext(Ranks(world_size=2)))
+    result = _run("eval", "knn", checkpoint, photos)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == "2 ranks: an evaluation is one process; start it without torchrun"

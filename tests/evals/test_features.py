@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from orl_fast.errors import ConfigError
 from orl_fast.evals.features import encode_objects, pad_boxes
 from orl_fast.evals.labels import Objects
 from orl_fast.models import Encoder, random_encoder
@@ -92,3 +93,10 @@ def test_boxes_outside_and_images_of_another_size_are_skipped_and_counted(tmp_pa
     )  # fmt: skip
     found = encode_objects(encoder, objects, size_px=32)
     assert (found.labels.tolist(), found.num_skipped_images, found.num_skipped_objects) == ([0], 1, 1)
+
+
+def test_a_size_that_the_backbone_cannot_take_is_refused(tmp_path: Path) -> None:
+    dense = random_encoder(load_config("demo", overrides=["backbone=densenet121"]))
+    objects = Objects(paths=(tmp_path / "a.jpg",), images=np.zeros(1, np.int64), labels=np.zeros(1, np.int64), classes=("a", "b"))
+    with pytest.raises(ConfigError, match=r"side of the views \(--size\) = 16: too small for the backbone"):
+        encode_objects(dense, objects, size_px=16)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from orl_fast.boxes import filter_proposals
 from orl_fast.cli.mine import command
-from orl_fast.errors import DataError, MissingStageError, StaleError
+from orl_fast.errors import ConfigError, DataError, MissingStageError, StaleError
 from orl_fast.mining.pipeline import Stage
 from orl_fast.mining.reference_json import export_neighbors, import_neighbors
 from orl_fast.mining.rois import open_boxes
@@ -52,6 +52,14 @@ def test_tables_follow_from_one_another(world: World, mined: Path):
                 found = pairs.query_roi[rows].astype(int) * len(rois.of(neighbor)) + pairs.partner_roi[rows]
                 assert found.tolist() == best.tolist()
                 assert pairs.similarities[rows].tolist() == scores[best].tolist()
+
+
+def test_sizes_that_the_backbone_cannot_take_are_refused(world: World, tmp_path: Path):
+    config = with_mining(crop_px=16)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"backbone": "densenet121"})})
+    dense = replace(world, checkpoint=save_checkpoint(tmp_path / "checkpoint.pt", config))
+    with pytest.raises(ConfigError, match=r"mining\.crop_px = 16: too small for the backbone"):
+        mine(dense, tmp_path / "mined", ("features",), config=config)
 
 
 def test_pair_shards_hold_the_tables_under_the_keys_of_the_images(world: World, mined: Path):

@@ -155,6 +155,29 @@ def test_what_cannot_be_a_backbone_is_refused(name: str, message: str) -> None:
         build_backbone(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "size_px", "fits"),
+    [
+        ("resnet18", 8, True),
+        ("densenet121", 16, False),
+        ("inception_v3", 32, False),
+        ("timm/vit_small_patch16_224", 96, True),
+        ("timm/vit_small_patch16_224", 100, False),
+    ],
+)
+def test_images_of_a_size_that_does_not_fit_are_refused(name: str, size_px: int, fits: bool) -> None:
+    _skip_without_timm(name)
+    backbone = build_backbone(name).eval()
+    if fits:
+        backbone.require_size(size_px, setting="--size")
+        backbone(_images(size_px))
+        return
+    with pytest.raises(ConfigError, match=rf"--size = {size_px}: too small for the backbone, or no multiple of its patches \("):
+        backbone.require_size(size_px, setting="--size")
+    with pytest.raises((RuntimeError, AssertionError)):
+        backbone(_images(size_px))
+
+
 def test_without_timm_its_models_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ConfigError, match=r"timm is not installed; pip install 'orl-fast\[timm\]'"):

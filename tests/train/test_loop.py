@@ -227,6 +227,14 @@ def test_auto_is_measured_on_a_gpu_when_a_run_begins_and_never_again(packed: Sha
     assert loop._chosen_renderer(None, Trial, auto, Ranks()) == "cpu"  # type: ignore[arg-type]
 
 
+def test_views_of_a_gpu_are_not_resumed_without_one(packed: ShardIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "earlier_run", lambda _: {"renderer": "gpu"})
+    with pytest.raises(
+        StaleError, match="rendered on a GPU, and there is none here; resume it on a machine with a CUDA GPU, or start from"
+    ):
+        train_run(packed, tmp_path, run_config())
+
+
 def test_orl_without_levels_of_rois_needs_no_pairs(packed: ShardIndex, straight: bytes, tmp_path: Path) -> None:
     config = run_config(*EACH_EPOCH, "intra_weight=0", "inter_weight=0", epochs=3)
     assert train_run(packed, tmp_path, config, method="orl").step == 9

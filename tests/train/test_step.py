@@ -127,3 +127,8 @@ def test_batches_that_batch_norm_cannot_take_are_refused() -> None:
     batch = part_of(synthetic_batch("byol", config, 4), 0, 1)
     with pytest.raises(DataError, match="step 7: 1 of 1 images could be decoded; run orl-fast verify"):
         TrainStep("byol", config, ranks=Ranks())(iter([batch]), step=7, num_steps=9, lr=0.1, meter=Meter(Ranks()))
+
+
+def test_views_that_the_backbone_cannot_take_are_refused() -> None:
+    with pytest.raises(ConfigError, match="side of the view 'view2' = 16: too small for the backbone"):
+        TrainStep("byol", small_config("backbone=densenet121", "image_size_px=16", "patch_size_px=16"), ranks=Ranks())
