@@ -25,8 +25,7 @@ from benchmarks.harness import Contender, Row, compare
 from benchmarks.photographs import load_jpegs
 from orl_fast.shards import Manifest, ShardIndex, ShardReader, write_shards
 from orl_fast.shards import reader as reader_module
-from orl_fast.shards.index import ROW, SHARD
-from orl_fast.shards.manifest import INDEX_NAME, NAMES_NAME, SHARDS_NAME
+from orl_fast.shards.index import INDEX_NAME, NAMES_NAME, ROW, SHARD, SHARDS_NAME
 
 
 def run(source: Path | None, *, quick: bool) -> list[Row]:

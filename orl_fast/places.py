@@ -4,7 +4,7 @@ from pathlib import Path
 
 from orl_fast.checkpoint import CHECKPOINT, read_header
 from orl_fast.errors import DataError
-from orl_fast.shards.manifest import MANIFEST_NAME
+from orl_fast.shards.index import MANIFEST_NAME
 
 SHARDS_HOME = Path("shards")
 RUNS_HOME = Path("runs")

@@ -30,7 +30,7 @@ def _describe(given: Path) -> Lines:
     from orl_fast.checkpoint import checkpoint_path
     from orl_fast.errors import DataError
     from orl_fast.places import SHARDS_HOME
-    from orl_fast.shards.manifest import MANIFEST_NAME
+    from orl_fast.shards.index import MANIFEST_NAME
 
     path = given if given.exists() else SHARDS_HOME / given
     path = path.parent if path.name in (MANIFEST_NAME, "table.json") else path

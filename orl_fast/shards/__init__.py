@@ -1,7 +1,6 @@
 """Datasets: WebDataset tar shards with a memory-mapped index (format: shards/FORMAT.md)."""
 
-from orl_fast.shards.index import ShardIndex
-from orl_fast.shards.manifest import Manifest
+from orl_fast.shards.index import Manifest, ShardIndex
 from orl_fast.shards.reader import ShardReader
 from orl_fast.shards.writer import write_shards
 

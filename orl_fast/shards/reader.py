@@ -2,17 +2,16 @@
 
 import mmap
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.errors import DataError
-from orl_fast.shards.index import ShardIndex
-from orl_fast.shards.manifest import tar_path
+from orl_fast.shards.index import ShardIndex, tar_path
 
 _MAX_OPEN_FILES, _MAX_OPEN_MAPS = 16_384, 4096
 
@@ -20,13 +19,12 @@ _MAX_OPEN_FILES, _MAX_OPEN_MAPS = 16_384, 4096
 class ShardReader:
     """Reads the JPEG bytes of any row. Safe to share between threads and across a fork.
 
-    Shards are mapped when first read; a bounded number of maps stays open. Each shard has one slot in a fixed table, and a slot is read or
-    replaced in one step, so threads that race map a shard twice at worst, without a lock.
+    Shards are mapped when first read, and a bounded number of maps stays open; threads that race map a shard twice at worst.
     """
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
-        self._slots: list[tuple[int, NDArray[np.uint8]] | None] = [None] * min(_max_open_maps(), index.num_shards)
+        self._shard: Callable[[int], NDArray[np.uint8]] | None = lru_cache(_max_open_maps())(partial(_mapped, index))
 
     def read(self, i: int) -> bytes:
         """The JPEG of row `i`. IndexError: there is no such row. DataError: its shard is missing or has changed in length since."""
@@ -36,6 +34,8 @@ class ShardReader:
         """[size] uint8, read-only: the JPEG of row `i` within the memory map, which lives as long as the view does. Raises as `read`."""
         if not 0 <= i < len(self.index):
             raise IndexError(f"row {i} of {len(self.index)}")
+        if self._shard is None:
+            raise ValueError("this ShardReader is closed")
         offset = int(self.index.offsets[i])
         return self._shard(int(self.index.shard_ids[i]))[offset : offset + int(self.index.sizes[i])]
 
@@ -45,7 +45,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Drop all maps; those that views still use are closed with their last view."""
-        self._slots = []
+        self._shard = None
 
     def __enter__(self) -> Self:
         return self
@@ -56,25 +56,18 @@ class ShardReader:
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[ShardIndex]]:
         return ShardReader, (self.index,)
 
-    def _shard(self, shard: int) -> NDArray[np.uint8]:
-        if not (slots := self._slots):
-            raise ValueError("this ShardReader is closed")
-        found = slots[slot := shard % len(slots)]
-        if found is None or found[0] != shard:
-            found = slots[slot] = (shard, self._mapped(shard))
-        return found[1]
 
-    def _mapped(self, shard: int) -> NDArray[np.uint8]:
-        path, num_bytes = tar_path(self.index.path, shard), int(self.index.shards["num_bytes"][shard])
-        remedy = "restore the file, or pack the images again with orl-fast shard --overwrite"
-        try:
-            with path.open("rb") as file:
-                data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
-        if len(data) != num_bytes:
-            raise DataError(f"{path}: has {len(data)} bytes, was packed with {num_bytes}; {remedy}")
-        return data
+def _mapped(index: ShardIndex, shard: int) -> NDArray[np.uint8]:
+    path, num_bytes = tar_path(index.path, shard), int(index.shards["num_bytes"][shard])
+    remedy = "restore the file, or pack the images again with orl-fast shard --overwrite"
+    try:
+        with path.open("rb") as file:
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise DataError(f"{path}: cannot be read ({error}); {remedy}") from error
+    if len(data) != num_bytes:
+        raise DataError(f"{path}: has {len(data)} bytes, was packed with {num_bytes}; {remedy}")
+    return data
 
 
 @cache

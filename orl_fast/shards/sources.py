@@ -13,7 +13,7 @@ from typing import NamedTuple
 from orl_fast.coco import read_image_ids
 from orl_fast.errors import DataError
 from orl_fast.shards.images import IMAGE_SUFFIXES
-from orl_fast.shards.manifest import Quarantined
+from orl_fast.shards.index import Quarantined
 
 _MAX_KEY = 80  # with a number and ".json" appended it fits the 100 bytes of a tar header
 

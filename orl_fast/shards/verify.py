@@ -14,8 +14,7 @@ import numpy as np
 from orl_fast.console import progress
 from orl_fast.cores import num_cores
 from orl_fast.shards.images import BadImage, packed_image
-from orl_fast.shards.index import ShardIndex
-from orl_fast.shards.manifest import INDEX_NAME, MANIFEST_NAME, SHARDS_NAME, fingerprint_of, tar_path
+from orl_fast.shards.index import INDEX_NAME, MANIFEST_NAME, SHARDS_NAME, ShardIndex, fingerprint_of, tar_path
 from orl_fast.shards.workers import run_in_workers
 
 
@@ -70,7 +69,7 @@ def _column_faults(index: ShardIndex) -> Iterator[Fault]:
             continue
         rows = index.shard_rows(shard) if shard < index.num_shards else range(0)
         if keys != index.keys[rows.start : rows.stop]:
-            yield Fault(path, f"keys do not match {tar_path(index.path, shard).name}; run orl-fast mine pairs")
+            yield Fault(path, f"keys do not match {path.name.replace('pairs', 'images')}; run orl-fast mine pairs")
 
 
 def _check_shard(index: ShardIndex, shard: int, *, fast: bool, decode: bool) -> list[Fault]:

@@ -18,10 +18,9 @@ from orl_fast.console import log, progress
 from orl_fast.cores import num_cores
 from orl_fast.errors import DataError, StaleError
 from orl_fast.files import LOCK_NAME, atomic_file, locked, remove_leftovers, require_free_space, write_array, write_json
-from orl_fast.shards import manifest
+from orl_fast.shards import index
 from orl_fast.shards.images import JPEG_QUALITY, BadImage, packed_image
-from orl_fast.shards.index import ROW, SHARD, ShardIndex
-from orl_fast.shards.manifest import MANIFEST_NAME, WORK_NAME, Manifest, Quarantined, SourceEntry, tar_path
+from orl_fast.shards.index import MANIFEST_NAME, WORK_NAME, Manifest, Quarantined, ShardIndex, SourceEntry, tar_path
 from orl_fast.shards.sources import ListedImage, Listing, find_sources, list_images
 from orl_fast.shards.workers import run_in_workers
 
@@ -63,7 +62,7 @@ def write_shards(
             raise DataError(f"{out}: lies within the source {source.folder}; choose another folder with --out")
     listing = list_images(found)
     _log_listing(listing)
-    inputs = hashlib.sha256(f"{manifest.VERSION} {shard_size} {MAX_SHARD_BYTES} {JPEG_QUALITY} {listing.digest()}".encode()).hexdigest()
+    inputs = hashlib.sha256(f"{index.VERSION} {shard_size} {MAX_SHARD_BYTES} {JPEG_QUALITY} {listing.digest()}".encode()).hexdigest()
     cuts = list(enumerate(_cuts(listing.images, shard_size=shard_size)))
     finished = None if overwrite or (out / WORK_NAME).exists() else _finished(out, inputs=inputs)
     if finished:  # needs no lock, so it may belong to another user
@@ -173,7 +172,7 @@ def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str
     records: list[tuple[int, int, bytes]] = []
     quarantined = list(listing.unreadable)
     reencoded: Counter[str] = Counter()
-    with atomic_file(out / manifest.NAMES_NAME) as file:
+    with atomic_file(out / index.NAMES_NAME) as file:
         for path in reports:
             report = json.loads(path.read_bytes())
             quarantined += [Quarantined(**entry) for entry in report["quarantined"]]
@@ -183,7 +182,7 @@ def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str
             _renumber(path, report, len(parts), out)
             texts = [name.encode("utf-8", "surrogateescape") for name in report["names"]]
             file.write(b"".join(texts))
-            part = np.array([tuple(row) for row in report["rows"]], ROW)
+            part = np.array([tuple(row) for row in report["rows"]], index.ROW)
             part["shard"], part["name_end"] = len(parts), [len(text) for text in texts]
             parts.append(part)
             records.append((0, report["num_bytes"], report["sha256"].encode()))
@@ -192,11 +191,11 @@ def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str
                 path.unlink()
             reasons = "; ".join(f"{entry.file_name}: {entry.reason}" for entry in quarantined[:3])
             raise DataError(f"none of the {len(listing.images)} images can be decoded ({reasons}); give a folder of images")
-    table, shards = np.concatenate(parts), np.array(records, SHARD)
+    table, shards = np.concatenate(parts), np.array(records, index.SHARD)
     np.cumsum(table["name_end"], out=table["name_end"])
     shards["first_row"] = np.searchsorted(table["shard"], range(len(shards)))
-    write_array(out / manifest.INDEX_NAME, table)
-    write_array(out / manifest.SHARDS_NAME, shards)
+    write_array(out / index.INDEX_NAME, table)
+    write_array(out / index.SHARDS_NAME, shards)
     num_packed = np.bincount(table["source"], minlength=len(listing.sources)).tolist()
     entries = (
         SourceEntry(
@@ -209,7 +208,7 @@ def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str
         for i, source in enumerate(listing.sources)
     )
     finished = Manifest(
-        fingerprint=manifest.fingerprint_of(shards["sha256"].tolist()),
+        fingerprint=index.fingerprint_of(shards["sha256"].tolist()),
         num_images=len(table),
         num_shards=len(shards),
         num_bytes=int(shards["num_bytes"].sum()),
@@ -238,16 +237,16 @@ def _finished(out: Path, *, inputs: str, warn: bool = False) -> Manifest | None:
     if Manifest.read(out).inputs != inputs:
         raise StaleError(f"{out}: packed from other images or with other settings; {_REMEDY}")
     try:
-        index = ShardIndex.open(out)
-        for path, num_bytes in zip(index.shard_paths, index.shards["num_bytes"], strict=True):
+        found = ShardIndex.open(out)
+        for path, num_bytes in zip(found.shard_paths, found.shards["num_bytes"], strict=True):
             if not path.is_file() or path.stat().st_size != num_bytes:
                 raise DataError(f"{path}: missing or truncated")
     except DataError as error:
         if warn:
             log.warning("%s; packing again", error)
         return None
-    log.info("%s: up to date, %d images in %d shards", out, len(index), index.num_shards)
-    return index.manifest
+    log.info("%s: up to date, %d images in %d shards", out, len(found), found.num_shards)
+    return found.manifest
 
 
 @contextmanager
@@ -290,6 +289,6 @@ def _work_folder(out: Path, *, inputs: str, overwrite: bool) -> Iterator[Manifes
 def _clear(out: Path) -> None:
     """Remove another dataset, its manifest first; files that orl-fast shard did not write stay."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
-    for pattern in ("images-??????.tar", "images-??????.idx", *manifest.TABLE_NAMES, f"{WORK_NAME}/*.json"):
+    for pattern in ("images-??????.tar", "images-??????.idx", index.INDEX_NAME, index.NAMES_NAME, index.SHARDS_NAME, f"{WORK_NAME}/*.json"):
         for path in out.glob(pattern):
             path.unlink()
