@@ -21,7 +21,7 @@ from benchmarks.photographs import load_jpegs
 from orl_fast.boxes import filter_proposals, nms
 from orl_fast.selective_search import selective_search
 from orl_fast.shards.images import decode_rgb
-from orl_fast.views.jitter import jitter_boxes
+from orl_fast.views.chance import jitter_boxes
 from orl_fast.views.specs import JitteredRoi
 
 COUNTS = (100, 2_500, 20_000)

@@ -31,15 +31,12 @@ from orl_fast.errors import DataError
 from orl_fast.methods import ORL
 from orl_fast.shards.images import decode_rgb
 from orl_fast.tables import BoxTable, PairTable
-from orl_fast.views.batch import Batch, Rows
 from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.draw import draw_plan
+from orl_fast.views.draw import Mined, draw_plan
 from orl_fast.views.gpu import DaliRenderer
 from orl_fast.views.loader import ViewLoader
-from orl_fast.views.mined import Mined
 from orl_fast.views.patches import PATCH_SIDE_PX
-from orl_fast.views.plan import ViewPlan
-from orl_fast.views.rendering import Renderer
+from orl_fast.views.plan import Batch, Renderer, Rows, ViewPlan
 from orl_fast.views.sampler import Sampler
 
 _BATCH = 32

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from orl_fast.errors import DataError
 from orl_fast.views.normalize import normalize
-from orl_fast.views.plan import ViewPlan
-from orl_fast.views.rendering import Renderer
+from orl_fast.views.plan import Renderer, ViewPlan
 
 Key = TypeVar("Key")
 _Item = TypeVar("_Item")

@@ -18,12 +18,10 @@ from orl_fast.files import atomic_file
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.shards.images import decode_rgb
 from orl_fast.tables import BoxTable, PairTable
-from orl_fast.views.batch import Batch, Rows
 from orl_fast.views.choose import open_renderer, open_source
-from orl_fast.views.draw import draw_plan
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined, draw_plan
 from orl_fast.views.patches import PatchStore
-from orl_fast.views.plan import ViewPlan
+from orl_fast.views.plan import Batch, Rows, ViewPlan
 from orl_fast.views.specs import PairPartner, ViewSpec
 
 # Distinct for color-blind readers too (Okabe and Ito), without yellow, which is lost on photographs; more than seven repeat.

@@ -29,8 +29,8 @@ from orl_fast.train.optim import learning_rate
 from orl_fast.train.saving import RunIdentity, earlier_run, require_checkpoint_space, restore, save, save_latest
 from orl_fast.train.step import TrainStep
 from orl_fast.train.upload import on_device
+from orl_fast.views.draw import Mined
 from orl_fast.views.loader import ViewLoader
-from orl_fast.views.mined import Mined
 from orl_fast.views.sampler import Sampler
 
 

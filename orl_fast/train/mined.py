@@ -10,7 +10,7 @@ from orl_fast.models import load_encoder
 from orl_fast.provenance import TableInfo, find_table, open_info, table_info
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable, PairTable
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined
 from orl_fast.views.patches import PatchStore
 
 

@@ -15,7 +15,7 @@ from orl_fast.recipe import config_from_dict, load_config, with_overrides
 from orl_fast.shards import ShardIndex
 from orl_fast.train.mined import mined_overrides, open_mined, warn_if_mined_elsewhere
 from orl_fast.train.saving import earlier_run
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined
 
 RECIPE = "recipe.toml"
 _STAGES = {"byol": "stage 1, BYOL", "orl": "stage 3, ORL"}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from orl_fast.train.metrics import WaitClock
-from orl_fast.views.batch import Batch
+from orl_fast.views.plan import Batch
 
 
 def on_device(batches: Iterable[Batch], device: torch.device, *, clock: WaitClock) -> Iterator[Batch]:

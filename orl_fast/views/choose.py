@@ -2,7 +2,7 @@
 
 import timeit
 from collections.abc import Callable
-from functools import partial
+from contextlib import closing
 
 import torch
 
@@ -12,35 +12,33 @@ from orl_fast.cores import num_cores
 from orl_fast.errors import ConfigError
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.views.patches import PatchedSource, PatchStore
-from orl_fast.views.plan import ViewPlan
-from orl_fast.views.rendering import ImageSource, Renderer
+from orl_fast.views.plan import ImageSource, Renderer, ViewPlan
 
 SOURCES: dict[str, Callable[[ShardIndex], ImageSource]] = {"mmap": ShardReader}
 _TRIALS = 3
 
 
-def open_source(index: ShardIndex, loader: LoaderConfig, *, patches: PatchStore | None = None) -> ImageSource:
-    """The source of a data set's images that `loader.source` names, and of stored patches beyond the last image.
+def open_source(
+    index: ShardIndex, loader: LoaderConfig, *, images: ImageSource | None = None, patches: PatchStore | None = None
+) -> ImageSource:
+    """The source of a data set's images, `images` or what `loader.source` names, and of stored patches beyond the last image.
 
-    Raises:
-        ConfigError: no such source.
+    ConfigError: no such source.
     """
-    if loader.source not in SOURCES:
-        raise ConfigError(f"loader.source = {loader.source!r}: use one of {', '.join(SOURCES)}")
-    images = SOURCES[loader.source](index)
+    if images is None:
+        if loader.source not in SOURCES:
+            raise ConfigError(f"loader.source = {loader.source!r}: use one of {', '.join(SOURCES)}")
+        images = SOURCES[loader.source](index)
     return PatchedSource(images, patches, num_images=len(index)) if patches is not None else images
 
 
 def open_renderer(
     kind: str, source: ImageSource, loader: LoaderConfig, *, device: torch.device | None = None, num_threads: int = 0
 ) -> Renderer:
-    """The renderer of this name; "auto" is the CPU's.
+    """The renderer of this name: "cpu" (also "auto"), "gpu", "reference", or "dali-cpu" (the GPU's graph on the CPU, a cross-check).
 
-    Args:
-        kind: "cpu", "gpu", "reference", "dali-cpu" (the GPU's graph on the CPU, a cross-check) or "auto".
-        device: where the views go. num_threads: unless `loader.num_threads` is set; 0: all cores of this process.
-    Raises:
-        ConfigError: "gpu" without a CUDA device.
+    Views go to `device`. `num_threads` holds unless `loader.num_threads` is set; 0: all cores of this process. ConfigError: no such
+    renderer, or "gpu" without a CUDA device.
     """
     threads = loader.num_threads or num_threads or num_cores()
     on_gpu = device is not None and device.type == "cuda"
@@ -76,7 +74,8 @@ def faster_renderer(
     rates: dict[str, float] = {}
     for kind in ("cpu", "gpu"):
         try:
-            rates[kind] = _rate(open_renderer(kind, source, loader, device=device, num_threads=num_threads), trial)
+            with closing(open_renderer(kind, source, loader, device=device, num_threads=num_threads)) as renderer:
+                rates[kind] = _rate(renderer, trial)
         except RuntimeError as error:
             if kind == "cpu":
                 raise
@@ -88,14 +87,11 @@ def faster_renderer(
 
 
 def _rate(renderer: Renderer, trial: ViewPlan) -> float:
-    """Samples per second; closes the renderer."""
+    """Samples per second."""
 
     def render() -> None:
         renderer.render(trial)
         torch.cuda.synchronize()
 
-    try:
-        render()  # compiles, allocates, warms up
-        return len(trial.rows) / min(timeit.repeat(partial(render), number=1, repeat=_TRIALS))
-    finally:
-        renderer.close()
+    render()  # compiles, allocates, warms up
+    return len(trial.rows) / min(timeit.repeat(render, number=1, repeat=_TRIALS))

@@ -13,22 +13,17 @@ from numpy.typing import NDArray
 
 from orl_fast.cores import num_cores
 from orl_fast.views import kernels
-from orl_fast.views.batch import Batch
 from orl_fast.views.decode import Decoder
-from orl_fast.views.plan import ViewPlan
-from orl_fast.views.rendering import ImageSource, without_bad
+from orl_fast.views.plan import Batch, ImageSource, ViewPlan, without_bad
 
 _FILTER_MARGIN_PX = 2
 
 
 class CpuRenderer:
-    """Renders plans on `num_threads` cores (see `orl_fast.views.rendering.Renderer`).
-
-    Several threads may call `render`: while one batch is decoded, another is drawn. Close it, or use it as a context manager.
-    """
+    """Renders plans on `num_threads` cores. Several threads may call `render`: while one batch is decoded, another is drawn."""
 
     def __init__(self, source: ImageSource, *, num_threads: int = 0, pin_memory: bool = False) -> None:
-        """Args: pin_memory: views go to a GPU, so they are put where it copies from fastest."""
+        """With `pin_memory`, views go to a GPU, so they are put where it copies from fastest."""
         self._source, self._pin_memory = source, pin_memory
         self._num_threads = num_threads or num_cores()
         self._decoder = Decoder(self._num_threads)
@@ -61,12 +56,6 @@ class CpuRenderer:
     def close(self) -> None:
         self._pool.shutdown()
         self._decoder.close()
-
-    def __enter__(self) -> "CpuRenderer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _regions(plan: ViewPlan, places: NDArray[np.int64], num_sources: int) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ DALI's own `hsv` rotates in YIQ, 5 levels off on average.
 """
 
 import threading
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -18,17 +19,14 @@ from nvidia import dali
 from nvidia.dali import fn, math
 
 from orl_fast.console import log
-from orl_fast.views.batch import Batch, Rows
 from orl_fast.views.cpu import CpuRenderer
 from orl_fast.views.decode import Decoder
-from orl_fast.views.plan import Crops, ViewPlan
-from orl_fast.views.rendering import ImageSource, usable_samples
+from orl_fast.views.plan import Batch, Crops, ImageSource, ViewPlan, usable_samples
 
 types: Any = dali.types
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
 _MAX_FAILURES, _MAX_FAILURES_FIRST = 20, 2  # batches in a row, after one was rendered and before; more are not the images' fault
-_MOST = np.iinfo(np.int32).max  # trimmed to the image
 # What the graph takes for each view of a sample, and of how many axes.
 _NUM_AXES = {
     "start": 1, "end": 1, "flip": 0, "before": 2, "contrast": 0, "after": 2, "hue": 0, "gray": 2, "sigma": 0, "window": 0, "solarize": 0,
@@ -36,10 +34,10 @@ _NUM_AXES = {
 
 
 class DaliRenderer:
-    """Renders plans in one DALI graph (see `orl_fast.views.rendering.Renderer`). An image that two samples read is decoded twice."""
+    """Renders plans in one DALI graph, on a CUDA device or (None) the CPU. An image that two samples read is decoded twice."""
 
     def __init__(self, source: ImageSource, *, num_threads: int, device: torch.device | None = None, hw_decoder_load: float = 0.65) -> None:
-        """Args: device: a CUDA device; None: the CPU. hw_decoder_load: share of JPEGs for the hardware decoder."""
+        """The load is the share of JPEGs for the hardware decoder."""
         self._source, self._num_threads, self._load = source, num_threads, hw_decoder_load
         self._device_id = (device.index or 0) if device is not None else None
         self._lock = threading.Lock()
@@ -53,9 +51,8 @@ class DaliRenderer:
             try:
                 batch = self._run(plan)
             except RuntimeError as error:
-                batch = self._recovered(plan, error)
-            else:
-                self._num_failures, self._max_failures = 0, _MAX_FAILURES
+                return self._recovered(plan, error)
+            self._num_failures, self._max_failures = 0, _MAX_FAILURES
             return batch
 
     def close(self) -> None:
@@ -65,16 +62,19 @@ class DaliRenderer:
     def _recovered(self, plan: ViewPlan, error: RuntimeError) -> Batch:
         """Without the samples of damaged images; on the CPU where it is the GPU's decoder alone that refuses one.
 
-        Raises:
-            RuntimeError: the graph itself fails, batch after batch.
+        RuntimeError: the graph itself fails, batch after batch.
         """
         self._pipeline = None  # a bad image leaves it unusable
-        bad = self._bad_sources(plan)
+        sources = np.unique(plan.crops.source)
+        whole = np.full((len(sources), 4), [0, 0, *[np.iinfo(np.int32).max] * 2])  # trimmed to the image
+        images = Decoder(self._num_threads).decode(self._source.views(sources), whole)
+        bad = sources[[image is None for image in images]]
         kept = usable_samples(plan, bad)
         part = plan.of_samples(kept)
+        skipped: dict[str, Any] = {"bad_rows": plan.rows[~kept], "bad_sources": bad}
         if len(bad):
             try:
-                return replace(self._run(part), bad_rows=plan.rows[~kept], bad_sources=bad)
+                return replace(self._run(part), **skipped)
             except RuntimeError as second:
                 self._pipeline, error = None, second
         self._num_failures += 1
@@ -83,8 +83,8 @@ class DaliRenderer:
         self.num_on_cpu += 1
         reason = str(error).split("\n")[0]
         log.warning("a batch that the DALI graph refuses (%s) is rendered on the CPU, %d so far", reason, self.num_on_cpu)
-        with CpuRenderer(self._source, num_threads=self._num_threads) as renderer:
-            return replace(renderer.render(part), bad_rows=plan.rows[~kept], bad_sources=bad)
+        with closing(CpuRenderer(self._source, num_threads=self._num_threads)) as renderer:
+            return replace(renderer.render(part), **skipped)
 
     def _run(self, plan: ViewPlan) -> Batch:
         num, crops, sizes, nothing = len(plan.rows), plan.crops, tuple(plan.sizes_px.values()), np.empty(0, np.int64)
@@ -108,12 +108,6 @@ class DaliRenderer:
                 self._pipeline.feed_input(f"{name}{v}", values)
         outputs = (torch.utils.dlpack.from_dlpack(batch.as_tensor()).permute(0, 3, 1, 2) for batch in self._pipeline.run())
         return Batch(views=dict(zip(plan.sizes_px, outputs, strict=True)), rows=plan.rows, bad_rows=nothing, bad_sources=nothing)
-
-    def _bad_sources(self, plan: ViewPlan) -> Rows:
-        sources = np.unique(plan.crops.source)
-        whole = np.full((len(sources), 4), [0, 0, _MOST, _MOST])
-        images = Decoder(self._num_threads).decode(self._source.views(sources), whole)
-        return sources[[image is None for image in images]]
 
 
 def _parameters(crops: Crops, part: slice) -> dict[str, NDArray[Any]]:

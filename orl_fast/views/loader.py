@@ -13,13 +13,9 @@ from orl_fast.config import LoaderConfig
 from orl_fast.console import log
 from orl_fast.errors import ConfigError
 from orl_fast.shards import ShardIndex
-from orl_fast.views.batch import Batch, Rows
 from orl_fast.views.choose import faster_renderer, open_renderer, open_source
-from orl_fast.views.draw import draw_plan
-from orl_fast.views.mined import Mined
-from orl_fast.views.patches import PatchedSource
-from orl_fast.views.plan import ViewPlan
-from orl_fast.views.rendering import ImageSource, Renderer
+from orl_fast.views.draw import Mined, draw_plan
+from orl_fast.views.plan import Batch, ImageSource, Renderer, Rows, ViewPlan
 from orl_fast.views.sampler import Sampler
 from orl_fast.views.specs import ViewSpec
 
@@ -49,23 +45,19 @@ class ViewLoader:
         source: ImageSource | None = None,
         kind: str = "",
     ) -> None:
-        """Start rendering ahead.
+        """Start rendering ahead: `prefetch` micro-batches. The renderer (named `kind`) and the source are closed with the loader.
 
         Args:
-            renderer, source: closed with the loader.
             draw: (rows [B], epoch) -> the plan of their views; called from several threads.
             num_steps: steps from `start_step` on, of `sampler.accumulate` micro-batches each; None: without end.
-            prefetch: micro-batches rendered ahead.
             name_of: what the log calls a source (see `Crops.source`) that cannot be decoded.
-            kind: the renderer's name.
         """
         self.sampler, self.renderer, self.renderer_kind, self.num_skipped = sampler, renderer, kind, 0
-        self._draw, self._source, self._name_of, self._rank, self._ahead = draw, source, name_of, rank, prefetch
+        self._draw, self._source, self._name_of, self._rank, self._prefetch = draw, source, name_of, rank, prefetch
         self._logged: set[int] = set()
-        self._todo = self._batches(start_step, num_steps)
-        self._pending: deque[Future[Batch]] = deque()
         self._threads = ThreadPoolExecutor(_BATCHES_AT_WORK, thread_name_prefix="views")
-        self._fill()
+        self._submitted = self._submit(start_step, num_steps)
+        self._pending = deque(islice(self._submitted, prefetch))
 
     @classmethod
     def open(
@@ -86,15 +78,12 @@ class ViewLoader:
         start_step: int = 0,
         num_steps: int | None = None,
     ) -> "ViewLoader":
-        """A loader of any views of a shard folder.
+        """A loader of any views of the packed images in a folder, or of its open index.
 
         Args:
-            shards: a folder of packed images, or its open index.
-            specs: the views of each sample.
             batch_size: images per step, over all ranks and micro-batches.
             mined: RoIs and pairs, where some view is cut from them.
             source: where images are read from, by default the one that `loader.source` names.
-            loader: renderer, threads and prefetching.
             device: where the views go; decides whether the GPU may render.
             num_threads: for rendering, unless `loader.num_threads` is set; 0: all cores of this process.
         Raises:
@@ -112,11 +101,7 @@ class ViewLoader:
             return draw_plan(rows, specs, seed=seed, epoch=epoch, heights=heights, widths=widths, mined=mined)
 
         trial = draw(np.arange(sampler.micro_batch, dtype=np.int64), 0)  # also raises here what it would raise in the background
-        patches = mined.patches if mined is not None else None
-        if source is None:
-            source = open_source(index, loader, patches=patches)
-        elif patches is not None:
-            source = PatchedSource(source, patches, num_images=num_images)
+        source = open_source(index, loader, images=source, patches=mined.patches if mined is not None else None)
         kind: str = loader.renderer
         if kind == "auto":
             kind = faster_renderer(source, loader, trial=trial, device=device, num_threads=num_threads)
@@ -141,7 +126,7 @@ class ViewLoader:
         for source in set(batch.bad_sources.tolist()) - self._logged:
             self._logged.add(source)
             log.warning("%s cannot be decoded; its samples are skipped (orl-fast verify checks all)", self._name_of(source))
-        self._fill()
+        self._pending.extend(islice(self._submitted, self._prefetch - len(self._pending)))
         return batch
 
     def close(self) -> None:
@@ -158,14 +143,11 @@ class ViewLoader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _batches(self, start_step: int, num_steps: int | None) -> Iterator[tuple[Rows, int]]:
+    def _submit(self, start_step: int, num_steps: int | None) -> Iterator[Future[Batch]]:
         for step in islice(count(start_step), num_steps):
             for micro in range(self.sampler.accumulate):
-                yield self.sampler.rows(step, rank=self._rank, micro=micro), self.sampler.epoch_of(step)
-
-    def _fill(self) -> None:
-        while len(self._pending) < self._ahead and (batch := next(self._todo, None)) is not None:
-            self._pending.append(self._threads.submit(self._render, *batch))
+                rows = self.sampler.rows(step, rank=self._rank, micro=micro)
+                yield self._threads.submit(self._render, rows, self.sampler.epoch_of(step))
 
     def _render(self, rows: Rows, epoch: int) -> Batch:
         return self.renderer.render(self._draw(rows, epoch))

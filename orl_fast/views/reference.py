@@ -11,16 +11,14 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms import functional as tv  # type: ignore[import-untyped]
 
-from orl_fast.views.batch import Batch
-from orl_fast.views.plan import Crops, ViewPlan
-from orl_fast.views.rendering import ImageSource, without_bad
+from orl_fast.views.plan import Batch, Crops, ImageSource, ViewPlan, without_bad
 
 _ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 _UNCHANGED = (1, 1, 1, 0)
 
 
 class ReferenceRenderer:
-    """Slow and plain (see `orl_fast.views.rendering.Renderer`)."""
+    """Slow and plain (see `orl_fast.views.plan.Renderer`)."""
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source

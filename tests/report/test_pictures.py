@@ -18,7 +18,7 @@ from orl_fast.report.pictures import COLORS
 from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.views import Batch, ViewLoader, ViewPlan, ViewSpec
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined
 from orl_fast.views.patches import PatchStore
 from tests.synthetic import small_config
 from tests.train.conftest import write_patches

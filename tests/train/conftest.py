@@ -15,7 +15,7 @@ from orl_fast.shards import ShardIndex
 from orl_fast.train import Outcome, Ranks, train
 from orl_fast.train.mined import open_mined
 from orl_fast.train.step import TrainStep
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined
 from orl_fast.views.patches import PATCH_SIDE_PX
 from tests.conftest import pack
 from tests.synthetic import small_config

@@ -1,6 +1,7 @@
 """A handful of photographs as an image source, tables as mining would make them, and plans of the methods' views."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,9 @@ from orl_fast.config import Config, ViewsConfig
 from orl_fast.methods import BYOL, ORL
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.views import ViewPlan, ViewSpec
-from orl_fast.views.batch import Rows
 from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.draw import draw_plan
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined, draw_plan
+from orl_fast.views.plan import Rows
 
 NOTHING = {
     "image_size_px": 112, "flip_prob": 0.0, "jitter_prob": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0,
@@ -110,5 +110,5 @@ def mined(photos: Photos) -> Mined:
 
 @pytest.fixture(scope="session")
 def cpu(photos: Photos) -> Iterator[CpuRenderer]:
-    with CpuRenderer(photos, num_threads=2) as renderer:
+    with closing(CpuRenderer(photos, num_threads=2)) as renderer:
         yield renderer

@@ -1,6 +1,7 @@
 """The CPU renderer against the reference, operation by operation and for whole views, on photographs."""
 
 import io
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from orl_fast.config import ViewsConfig
 from orl_fast.views import Batch, ViewPlan
 from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined
 from orl_fast.views.plan import Crops, center_crops, roi_crops
 from orl_fast.views.reference import ReferenceRenderer
 from tests.views.conftest import Photos, byol_plan, only, orl_plan
@@ -82,14 +83,14 @@ def test_a_plain_color_stays_itself_under_resize_and_blur() -> None:
         crops = Crops.plain(np.zeros(6, np.int64), np.array([[0, 0, 1000, 700]] * 6, np.float32))
         crops.blur_sigma[:] = [0, 0.1, 0.5, 1.3, 2, 8]
         plan = ViewPlan(rows=np.zeros(6, np.int64), sizes_px={"view": 40}, crops=crops)
-        with CpuRenderer(photo, num_threads=1) as renderer:
+        with closing(CpuRenderer(photo, num_threads=1)) as renderer:
             assert (renderer.render(plan).views["view"] == level).all()
 
 
 def test_threads_and_batches_do_not_change_a_byte(photos: Photos, mined: Mined, cpu: CpuRenderer) -> None:
     rows = np.arange(len(photos))
     whole = cpu.render(orl_plan(rows, photos, mined, ViewsConfig()))
-    with CpuRenderer(photos, num_threads=5) as other:
+    with closing(CpuRenderer(photos, num_threads=5)) as other:
         for part in (rows[:1], rows[5:18]):
             found = other.render(orl_plan(part, photos, mined, ViewsConfig()))
             assert all(torch.equal(found.views[name], view[part]) for name, view in whole.views.items())
@@ -117,7 +118,7 @@ def test_bad_sources_are_dropped_from_all_views_and_nothing_else_changes(photos:
 
 def test_all_sources_bad_gives_empty_batches(photos: Photos) -> None:
     damaged = Photos([np.zeros(10, np.uint8)] * 3, photos.heights[:3], photos.widths[:3])
-    with CpuRenderer(damaged, num_threads=1) as renderer:
+    with closing(CpuRenderer(damaged, num_threads=1)) as renderer:
         found = renderer.render(roi_crops(np.arange(3), np.array([[0, 0, 50, 50]] * 3, np.int16), size_px=32))
     assert found.views["view"].shape == (0, 3, 32, 32)
     assert np.array_equal(found.bad_rows, np.arange(3))

@@ -7,8 +7,8 @@ import torch
 from orl_fast.config import ViewsConfig
 from orl_fast.views import Batch, ViewPlan
 from orl_fast.views.cpu import CpuRenderer
+from orl_fast.views.draw import Mined
 from orl_fast.views.gpu import DaliRenderer
-from orl_fast.views.mined import Mined
 from orl_fast.views.plan import center_crops
 from orl_fast.views.reference import ReferenceRenderer
 from tests.views.conftest import Photos, byol_plan, only, orl_plan

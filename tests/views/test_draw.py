@@ -10,8 +10,7 @@ from orl_fast.config import Config, ViewsConfig
 from orl_fast.errors import MissingStageError
 from orl_fast.methods import BYOL
 from orl_fast.views import PairPartner, RandomCrop, ViewPlan, ViewSpec
-from orl_fast.views.draw import draw_plan
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined, draw_plan
 from orl_fast.views.patches import PATCH_SIDE_PX
 from orl_fast.views.plan import Crops
 from tests.views.conftest import Photos, byol_plan, orl_plan, specs_of

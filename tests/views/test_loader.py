@@ -17,10 +17,10 @@ from orl_fast.errors import ConfigError, MissingStageError
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.views import Augmentation, Batch, RandomCrop, ViewLoader, ViewPlan, ViewSpec, choose
-from orl_fast.views.batch import Rows
 from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined
 from orl_fast.views.patches import PatchStore
+from orl_fast.views.plan import Rows
 from orl_fast.views.reference import ReferenceRenderer
 from orl_fast.views.sampler import Sampler
 from tests.conftest import pack

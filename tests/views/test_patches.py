@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from orl_fast.errors import DataError, MissingStageError, StaleError
 from orl_fast.provenance import TableInfo, new_table
 from orl_fast.tables import BoxTable
 from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined
 from orl_fast.views.patches import PATCH_SIDE_PX, PatchedSource, PatchStore
 from orl_fast.views.reference import ReferenceRenderer, decode
 from tests.views.conftest import Photos, only, orl_plan
@@ -65,7 +66,7 @@ def test_patches_stand_in_for_their_rois(photos: Photos, mined: Mined, tmp_path:
     batch, views = np.arange(10), only(patch_size_px=48)
     plain = orl_plan(batch, photos, mined, views, "query_roi", "partner_roi")
     patched = orl_plan(batch, photos, replace(mined, patches=store), views, "query_roi", "partner_roi")
-    with CpuRenderer(source, num_threads=1) as renderer:
+    with closing(CpuRenderer(source, num_threads=1)) as renderer:
         found = renderer.render(patched)
     expected = ReferenceRenderer(photos).render(plain)
     assert (patched.crops.source[len(batch) :] >= num).all()

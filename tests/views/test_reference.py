@@ -25,7 +25,7 @@ def test_views_are_torchvisions(photos: Photos, monkeypatch: pytest.MonkeyPatch)
     plan = byol_plan(rows, photos, views, seed=2, epoch=3)
     rendered = list(ReferenceRenderer(photos).render(plan).views.values())
     crops = plan.crops
-    for m in range(len(crops)):
+    for m in range(len(crops.source)):
         image = Image.open(io.BytesIO(photos.data[crops.source[m]])).convert("RGB")
         x1, y1, x2, y2 = (int(edge) for edge in crops.box[m])
         drawn: dict[str, Any] = {
