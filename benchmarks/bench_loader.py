@@ -200,7 +200,7 @@ def _ours(name: str, data: _Data, renderer: Renderer, stack: ExitStack, num_samp
                 renderer.render(data.plan(np.arange(start, start + _BATCH) % half, start))
         else:
             draw: Callable[[Rows, int], ViewPlan] = lambda rows, epoch: data.plan(rows % half, epoch)  # noqa: E731
-            sampler = Sampler(num_images=max(half, _BATCH), micro_batch=_BATCH, seed=0)
+            sampler = Sampler(num_images=max(half, _BATCH), batch_size=_BATCH, seed=0)
             loader = ViewLoader(_Kept(renderer), draw, sampler=sampler, num_steps=num_samples // _BATCH)
             with loader:
                 for _ in loader:

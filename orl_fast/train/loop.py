@@ -88,8 +88,8 @@ def _train(
     max_steps: int | None,
 ) -> Outcome:
     options = config.train
-    sampler = Sampler.sharing(
-        options.batch_size, num_images=len(index), world_size=ranks.world_size, accumulate=options.accumulate, seed=options.seed
+    sampler = Sampler(
+        num_images=len(index), batch_size=options.batch_size, world_size=ranks.world_size, accumulate=options.accumulate, seed=options.seed
     )
     steps_per_epoch, num_steps = sampler.steps_per_epoch, options.epochs * sampler.steps_per_epoch
     open_loader = partial(

@@ -21,16 +21,13 @@ class Decoder:
         self._pipeline: Any = None
 
     def decode(self, data: list[NDArray[np.uint8]], regions: NDArray[np.int64]) -> list[Any]:
-        """Decode each entry's region; `regions` [U, 4] xyxy is trimmed to the image in place.
+        """Each entry's region as a DALI tensor [h, w, 3] uint8, None where it cannot be decoded.
 
-        Returns:
-            DALI tensors [h, w, 3] uint8; None where an entry cannot be decoded.
+        `regions` [U, 4] xyxy is trimmed to the images in place.
         """
-        images: list[Any] = []
+        parts = (slice(start, start + _DECODE_BATCH) for start in range(0, len(data), _DECODE_BATCH))
         with self._lock:
-            for start in range(0, len(data), _DECODE_BATCH):
-                images += self._decode_batch(data[start : start + _DECODE_BATCH], regions[start : start + _DECODE_BATCH])
-        return images
+            return [image for part in parts for image in self._decode_batch(data[part], regions[part])]
 
     def _decode_batch(self, data: list[NDArray[np.uint8]], regions: NDArray[np.int64]) -> list[Any]:
         if self._pipeline is None:

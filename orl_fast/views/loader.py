@@ -95,7 +95,7 @@ class ViewLoader:
             raise ConfigError(f"views {[(spec.name, spec.stream) for spec in specs]}: each needs a name and a stream, 1 to 15, of its own")
         index = shards if isinstance(shards, ShardIndex) else ShardIndex.open(shards)
         num_images, heights, widths = len(index), index.heights, index.widths
-        sampler = Sampler.sharing(batch_size, num_images=num_images, world_size=world_size, accumulate=accumulate, seed=seed)
+        sampler = Sampler(num_images=num_images, batch_size=batch_size, world_size=world_size, accumulate=accumulate, seed=seed)
 
         def draw(rows: Rows, epoch: int) -> ViewPlan:
             return draw_plan(rows, specs, seed=seed, epoch=epoch, heights=heights, widths=widths, mined=mined)

@@ -24,39 +24,25 @@ class PatchStore:
     """Patches by number, from a table folder with patches-000000.tar, … beside its arrays.
 
     The folder is held by its descriptor: a training keeps reading the patches it started with, even if others are packed meanwhile.
-
-    Attributes:
-        rows: [P] int64, sorted: patch p shows the RoI rois.boxes[rows[p]].
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._descriptor = folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         weakref.finalize(self, os.close, self._descriptor)
-        self.rows: NDArray[np.int64] = open_array(folder, "roi_row")
+        self.rows: Rows = open_array(folder, "roi_row")  # [P] sorted: patch p shows the RoI rois.boxes[rows[p]]
         self._shard, self._offset, self._size = (open_array(folder, name) for name in ("shard", "offset", "size"))
         self._map = lru_cache(_MAX_OPEN_MAPS)(self._mapped)  # a map in use lives on in its views
 
     @classmethod
     def open(cls, folder: Path, *, made_from: Mapping[str, str]) -> "PatchStore":
-        """Open the store and check what it was made from.
-
-        Raises:
-            MissingStageError: there is none. StaleError: made from other tables. DataError: damaged, or patches of another size.
-        """
+        """MissingStageError: there is none. StaleError: made from other tables, or patches of another size. DataError: damaged."""
         info = open_info(folder, "patches", made_from=made_from, remedy=_REMEDY)
         if info.settings.get("side_px") != PATCH_SIDE_PX:
             raise StaleError(f"{folder}: patches of {info.settings.get('side_px')} px, {PATCH_SIDE_PX} px are read; run {_REMEDY}")
         return cls(folder)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def view(self, i: int, /) -> NDArray[np.uint8]:
-        """The bytes of patch `i`, without a copy.
-
-        Raises:
-            DataError: its tar is missing or cut short.
-        """
+        """The bytes of patch `i`, without a copy. DataError: its tar is missing or cut short."""
         mapped = self._map(int(self._shard[i]))
         try:
             return np.frombuffer(mapped, np.uint8, int(self._size[i]), int(self._offset[i]))

@@ -17,49 +17,38 @@ _ROUNDS = 8
 class Sampler:
     """Every image exactly once per epoch, in an order that the seed and the epoch decide.
 
-    The s-th global batch of an epoch holds its positions s * G … (s + 1) * G - 1, G = micro_batch * world_size * accumulate, however ranks
-    and accumulation share it: micro-batch m of rank r takes the (m * world_size + r)-th part.
-
-    Raises:
-        ConfigError: there are fewer images than a global batch holds.
+    The s-th batch of an epoch holds its positions s * batch_size … (s + 1) * batch_size - 1, however ranks and accumulation share it:
+    micro-batch m of rank r takes the (m * world_size + r)-th part. ConfigError: they cannot share it evenly, or there are fewer images.
     """
 
     num_images: int
-    micro_batch: int  # images per rank and forward pass
+    batch_size: int  # images per step, over all ranks and micro-batches
     world_size: int = 1
     accumulate: int = 1
     seed: int
 
     def __post_init__(self) -> None:
-        if min(self.num_images, self.micro_batch, self.world_size, self.accumulate) < 1:
-            raise ConfigError(f"sampler: {self}; num_images, micro_batch, world_size and accumulate must be 1 or more")
-        if self.num_images < self.global_batch:
+        if min(self.num_images, self.batch_size, self.world_size, self.accumulate) < 1:
+            raise ConfigError(f"sampler: {self}; num_images, batch_size, world_size and accumulate must be 1 or more")
+        parts = self.world_size * self.accumulate
+        if self.batch_size % parts:
+            how = f"{self.world_size} ranks × {self.accumulate} micro-batches"
+            raise ConfigError(f"train.batch_size = {self.batch_size}: not a multiple of {how}; use a multiple of {parts}")
+        if self.num_images < self.batch_size:
             raise ConfigError(
-                f"batch size {self.global_batch}: the data holds only {self.num_images} images, so an epoch would have no step; "
+                f"batch size {self.batch_size}: the data holds only {self.num_images} images, so an epoch would have no step; "
                 f"set train.batch_size to at most {self.num_images}"
             )
 
-    @classmethod
-    def sharing(cls, batch_size: int, *, num_images: int, world_size: int, accumulate: int, seed: int) -> "Sampler":
-        """The sampler of a global batch that ranks and micro-batches share evenly.
-
-        Raises:
-            ConfigError: they cannot.
-        """
-        micro_batch, rest = divmod(batch_size, world_size * accumulate)
-        if rest or not micro_batch:
-            how = f"{world_size} ranks × {accumulate} micro-batches"
-            raise ConfigError(f"train.batch_size = {batch_size}: not a multiple of {how}; use a multiple of {world_size * accumulate}")
-        return cls(num_images=num_images, micro_batch=micro_batch, world_size=world_size, accumulate=accumulate, seed=seed)
-
     @property
-    def global_batch(self) -> int:
-        return self.micro_batch * self.world_size * self.accumulate
+    def micro_batch(self) -> int:
+        """Images per rank and forward pass."""
+        return self.batch_size // (self.world_size * self.accumulate)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches; what is left of an epoch is left out."""
-        return self.num_images // self.global_batch
+        """Whole batches; what is left of an epoch is left out."""
+        return self.num_images // self.batch_size
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that a step belongs to."""
@@ -68,7 +57,7 @@ class Sampler:
     def rows(self, step: int, *, rank: int = 0, micro: int = 0) -> NDArray[np.int64]:
         """[micro_batch] int64: the images of one micro-batch."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        start = step_in_epoch * self.global_batch + (micro * self.world_size + rank) * self.micro_batch
+        start = step_in_epoch * self.batch_size + (micro * self.world_size + rank) * self.micro_batch
         return _permuted(start, start + self.micro_batch, self.num_images, self.seed, epoch)  # type: ignore[no-any-return]
 
 

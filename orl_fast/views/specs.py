@@ -21,19 +21,13 @@ class OwnRoi:
 
 @dataclass(frozen=True, kw_only=True)
 class JitteredRoi:
-    """A box near that RoI (ORL, section 3.1, stage 3).
+    """A box near that RoI (ORL, section 3.1, stage 3)."""
 
-    Attributes:
-        shift: of the center, as a share of the RoI's sides, to either side. area: relative to the RoI's.
-        aspect: width / height, absolute. min_iou: overlap with the RoI must exceed it; negative: no overlap is required.
-        attempts: draws before the RoI itself is taken.
-    """
-
-    shift: float = 0.5
-    area: tuple[float, float] = (0.5, 2.0)
-    aspect: tuple[float, float] = (0.5, 2.0)
-    min_iou: float = 0.5
-    attempts: int = 200
+    shift: float = 0.5  # of the center, as a share of the RoI's sides, to either side
+    area: tuple[float, float] = (0.5, 2.0)  # relative to the RoI's
+    aspect: tuple[float, float] = (0.5, 2.0)  # width / height, absolute
+    min_iou: float = 0.5  # overlap with the RoI must exceed it; negative: no overlap is required
+    attempts: int = 200  # draws before the RoI itself is taken
 
     @classmethod
     def of(cls, views: ViewsConfig, variant: Variant) -> Self:
@@ -80,19 +74,14 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """One view of each sample.
+    """One view of each sample."""
 
-    Attributes:
-        name: the key of its tensor in a batch. size_px: its side.
-        source: where it is cut from. augmentation: what is done to it.
-        stream: number of its random draws, 1 to 15, unlike that of any other view of the method. It is part of the results: a view's
-            draws depend on (seed, epoch, image, stream) alone, so adding or leaving out a view changes no other.
-    """
-
-    name: str
-    size_px: int
+    name: str  # the key of its tensor in a batch
+    size_px: int  # its side
     source: Source
     augmentation: Augmentation
+    # Number of its random draws, 1 to 15, unlike that of any other view of the method. It is part of the results: a view's draws depend on
+    # (seed, epoch, image, stream) alone, so adding or leaving out a view changes no other.
     stream: int
 
     @property

@@ -42,7 +42,9 @@ def open_loader(photos: Photos, mined: Mined) -> Iterator[OpenLoader]:
     def open_one(
         *, source: Photos = photos, num_threads: int = 2, batch_size: int = 8, world_size: int = 1, accumulate: int = 1, **options: object
     ) -> ViewLoader:
-        sampler = Sampler(num_images=len(photos), micro_batch=batch_size, world_size=world_size, accumulate=accumulate, seed=0)
+        """With `batch_size` images per micro-batch."""
+        together = batch_size * world_size * accumulate
+        sampler = Sampler(num_images=len(photos), batch_size=together, world_size=world_size, accumulate=accumulate, seed=0)
         settings: dict[str, object] = {"num_steps": 5, **options}
         opened.append(ViewLoader(CpuRenderer(source, num_threads=num_threads), draw, sampler=sampler, **settings))  # type: ignore[arg-type]
         return opened[-1]
@@ -117,7 +119,7 @@ def test_an_error_in_the_background_reaches_the_consumer(photos: Photos, mined: 
     def draw(rows: Rows, epoch: int) -> ViewPlan:
         return orl_plan(rows, photos, mined, VIEWS, epoch=epoch)
 
-    sampler = Sampler(num_images=len(photos), micro_batch=4, seed=0)
+    sampler = Sampler(num_images=len(photos), batch_size=4, seed=0)
     with ViewLoader(Broken(), draw, sampler=sampler) as loader, pytest.raises(OSError, match="went away"):
         next(loader)
 

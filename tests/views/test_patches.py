@@ -49,8 +49,8 @@ def test_patches_stand_in_for_their_rois(photos: Photos, mined: Mined, tmp_path:
     rows = np.arange(0, len(mined.rois.boxes))
     packed = pack(tmp_path / "patches", photos, mined.rois, rows)
     store = PatchStore.open(tmp_path / "patches", made_from=MADE_FROM)
-    assert len(store) == len(rows)
-    assert [store.view(i).tobytes() for i in range(len(store))] == packed
+    assert len(store.rows) == len(rows)
+    assert [store.view(i).tobytes() for i in range(len(store.rows))] == packed
     num = len(photos)
     source = PatchedSource(photos, store, num_images=num)
     mixed = source.views(np.array([num + 4, 3, num, 0, 3]))
