@@ -3,8 +3,8 @@
 import io
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,7 @@ class BadImage(Exception):
     """The image cannot be decoded in full; the message is the reason."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackedImage:
+class PackedImage(NamedTuple):
     """A JPEG to pack: upright, RGB or gray. `reencoded` is the reason why it does not hold the original bytes."""
 
     jpeg: bytes

@@ -3,9 +3,9 @@
 import mmap
 import resource
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cache, lru_cache, partial
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from orl_fast.shards.index import ShardIndex, tar_path
 _MAX_OPEN_FILES, _MAX_OPEN_MAPS = 16_384, 4096
 
 
-class ShardReader:
+class ShardReader(AbstractContextManager["ShardReader"]):
     """Reads the JPEG bytes of any row. Safe to share between threads and across a fork.
 
     Shards are mapped when first read, and a bounded number of maps stays open; threads that race map a shard twice at worst.
@@ -46,9 +46,6 @@ class ShardReader:
     def close(self) -> None:
         """Drop all maps; those that views still use are closed with their last view."""
         self._shard = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import count, islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ _BATCHES_AT_WORK = 2  # one is decoded while the other is drawn
 _DEFAULTS = LoaderConfig()
 
 
-class ViewLoader:
+class ViewLoader(AbstractContextManager["ViewLoader"]):
     """Iterates over micro-batches of views; a second `for` continues where the first stopped. Close it, or use it as a context manager.
 
     What it yields depends on the data, the seed and the step alone: not on threads, prefetching or speed; ranks and accumulation only
@@ -136,9 +137,6 @@ class ViewLoader:
         self.renderer.close()
         if self._source is not None:
             self._source.close()
-
-    def __enter__(self) -> "ViewLoader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -11,7 +11,7 @@ from orl_fast.shards.verify import verify_shards
 
 
 def found(folder, **options) -> list[str]:
-    return [f"{fault.file.name}: {fault.message}" for fault in verify_shards(folder, num_workers=1, **options)]
+    return [f"{file.name}: {message}" for file, message in verify_shards(folder, num_workers=1, **options)]
 
 
 def test_good_shards_have_no_faults(packed):
