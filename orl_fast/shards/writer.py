@@ -64,9 +64,6 @@ def write_shards(
     _log_listing(listing)
     inputs = hashlib.sha256(f"{index.VERSION} {shard_size} {MAX_SHARD_BYTES} {JPEG_QUALITY} {listing.digest()}".encode()).hexdigest()
     cuts = list(enumerate(_cuts(listing.images, shard_size=shard_size)))
-    finished = None if overwrite or (out / WORK_NAME).exists() else _finished(out, inputs=inputs)
-    if finished:  # needs no lock, so it may belong to another user
-        return finished
     with _work_folder(out, inputs=inputs, overwrite=overwrite) as finished:
         if finished:
             return finished
@@ -208,16 +205,10 @@ def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str
         for i, source in enumerate(listing.sources)
     )
     finished = Manifest(
-        fingerprint=index.fingerprint_of(shards["sha256"].tolist()),
-        num_images=len(table),
-        num_shards=len(shards),
-        num_bytes=int(shards["num_bytes"].sum()),
-        num_original=len(table) - reencoded.total(),
-        reencoded=dict(sorted(reencoded.items())),
-        quarantined=tuple(quarantined),
-        sources=tuple(entries),
-        inputs=inputs,
-    )
+        fingerprint=index.fingerprint_of(shards["sha256"].tolist()), inputs=inputs, sources=tuple(entries), quarantined=tuple(quarantined),
+        num_images=len(table), num_shards=len(shards), num_bytes=int(shards["num_bytes"].sum()),
+        num_original=len(table) - reencoded.total(), reencoded=dict(sorted(reencoded.items())),
+    )  # fmt: skip
     finished.write(out)
     return finished
 
@@ -256,6 +247,9 @@ def _work_folder(out: Path, *, inputs: str, overwrite: bool) -> Iterator[Manifes
     A run that fails before its first shard is done leaves nothing behind, and in a folder that was not empty only the lock file.
     """
     work = out / WORK_NAME
+    if not overwrite and not work.exists() and (finished := _finished(out, inputs=inputs)):
+        yield finished  # needs no lock, so it may belong to another user
+        return
     if out.exists() and not out.is_dir():
         raise DataError(f"{out}: is a file, not a folder; choose another folder with --out")
     entries = set(os.listdir(out)) if out.is_dir() else set()

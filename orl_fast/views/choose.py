@@ -56,9 +56,8 @@ def open_renderer(
 
             if kind == "gpu" and not on_gpu:
                 raise ConfigError("loader.renderer = gpu: this run has no CUDA device; use loader.renderer=cpu or auto")
-            return DaliRenderer(
-                source, num_threads=threads, device=device if kind == "gpu" else None, hw_decoder_load=loader.hw_decoder_load
-            )
+            used = device if kind == "gpu" else None
+            return DaliRenderer(source, num_threads=threads, device=used, hw_decoder_load=loader.hw_decoder_load)
     raise ConfigError(f"loader.renderer = {kind!r}: use one of auto, cpu, gpu, reference, dali-cpu")
 
 

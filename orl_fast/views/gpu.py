@@ -41,8 +41,7 @@ class DaliRenderer:
         self._source, self._num_threads, self._load = source, num_threads, hw_decoder_load
         self._device_id = (device.index or 0) if device is not None else None
         self._lock = threading.Lock()
-        self.num_on_cpu = self._num_failures = 0  # batches rendered on the CPU in all; of these the last ones in a row
-        self._max_failures = _MAX_FAILURES_FIRST
+        self.num_on_cpu, self._failures_left = 0, _MAX_FAILURES_FIRST  # batches rendered on the CPU so far, and that may be in a row
         self._shape: tuple[Any, ...] = ()
         self._pipeline: Any = None
 
@@ -52,7 +51,7 @@ class DaliRenderer:
                 batch = self._run(plan)
             except RuntimeError as error:
                 return self._recovered(plan, error)
-            self._num_failures, self._max_failures = 0, _MAX_FAILURES
+            self._failures_left = _MAX_FAILURES
             return batch
 
     def close(self) -> None:
@@ -77,9 +76,9 @@ class DaliRenderer:
                 return replace(self._run(part), **skipped)
             except RuntimeError as second:
                 self._pipeline, error = None, second
-        self._num_failures += 1
-        if self._num_failures > self._max_failures:
+        if not self._failures_left:
             raise error
+        self._failures_left -= 1
         self.num_on_cpu += 1
         reason = str(error).split("\n")[0]
         log.warning("a batch that the DALI graph refuses (%s) is rendered on the CPU, %d so far", reason, self.num_on_cpu)

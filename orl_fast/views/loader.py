@@ -33,19 +33,9 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
     """
 
     def __init__(
-        self,
-        renderer: Renderer,
-        draw: DrawPlan,
-        *,
-        sampler: Sampler,
-        rank: int = 0,
-        start_step: int = 0,
-        num_steps: int | None = None,
-        prefetch: int = 2,
-        name_of: Callable[[int], str] = str,
-        source: ImageSource | None = None,
-        kind: str = "",
-    ) -> None:
+        self, renderer: Renderer, draw: DrawPlan, *, sampler: Sampler, rank: int = 0, start_step: int = 0, num_steps: int | None = None,
+        prefetch: int = 2, name_of: Callable[[int], str] = str, source: ImageSource | None = None, kind: str = "",
+    ) -> None:  # fmt: skip
         """Start rendering ahead: `prefetch` micro-batches. The renderer (named `kind`) and the source are closed with the loader.
 
         Args:
@@ -62,23 +52,10 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
 
     @classmethod
     def open(
-        cls,
-        shards: Path | ShardIndex,
-        specs: Sequence[ViewSpec],
-        *,
-        batch_size: int,
-        seed: int = 0,
-        mined: Mined | None = None,
-        source: ImageSource | None = None,
-        loader: LoaderConfig = _DEFAULTS,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        device: torch.device | None = None,
-        num_threads: int = 0,
-        start_step: int = 0,
-        num_steps: int | None = None,
-    ) -> "ViewLoader":
+        cls, shards: Path | ShardIndex, specs: Sequence[ViewSpec], *, batch_size: int, seed: int = 0, mined: Mined | None = None,
+        source: ImageSource | None = None, loader: LoaderConfig = _DEFAULTS, rank: int = 0, world_size: int = 1, accumulate: int = 1,
+        device: torch.device | None = None, num_threads: int = 0, start_step: int = 0, num_steps: int | None = None,
+    ) -> "ViewLoader":  # fmt: skip
         """A loader of any views of the packed images in a folder, or of its open index.
 
         Args:
@@ -95,11 +72,10 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
         if not len(specs) == len({spec.name for spec in specs}) == len({spec.stream for spec in specs} & set(range(1, 16))) > 0:
             raise ConfigError(f"views {[(spec.name, spec.stream) for spec in specs]}: each needs a name and a stream, 1 to 15, of its own")
         index = shards if isinstance(shards, ShardIndex) else ShardIndex.open(shards)
-        num_images, heights, widths = len(index), index.heights, index.widths
-        sampler = Sampler(num_images=num_images, batch_size=batch_size, world_size=world_size, accumulate=accumulate, seed=seed)
+        sampler = Sampler(num_images=len(index), batch_size=batch_size, world_size=world_size, accumulate=accumulate, seed=seed)
 
         def draw(rows: Rows, epoch: int) -> ViewPlan:
-            return draw_plan(rows, specs, seed=seed, epoch=epoch, heights=heights, widths=widths, mined=mined)
+            return draw_plan(rows, specs, seed=seed, epoch=epoch, heights=index.heights, widths=index.widths, mined=mined)
 
         trial = draw(np.arange(sampler.micro_batch, dtype=np.int64), 0)  # also raises here what it would raise in the background
         source = open_source(index, loader, images=source, patches=mined.patches if mined is not None else None)
@@ -109,7 +85,7 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
         return cls(
             open_renderer(kind, source, loader, device=device, num_threads=num_threads), draw,
             sampler=sampler, kind=kind, rank=rank, start_step=start_step, num_steps=num_steps, prefetch=loader.prefetch, source=source,
-            name_of=lambda i: f"image {index.keys[i]}" if i < num_images else f"patch {i - num_images}",
+            name_of=lambda i: f"image {index.keys[i]}" if i < len(index) else f"patch {i - len(index)}",
         )  # fmt: skip
 
     @property
