@@ -31,14 +31,9 @@ _REMEDY = "add --overwrite to replace it, or choose another folder with --out"
 
 
 def write_shards(
-    sources: Path | Sequence[Path],
-    out: Path,
-    *,
-    splits: Sequence[str] = (),
-    shard_size: int = 256,
-    num_workers: int | None = None,
-    overwrite: bool = False,
-) -> Manifest:
+    sources: Path | Sequence[Path], out: Path, *,
+    splits: Sequence[str] = (), shard_size: int = 256, num_workers: int | None = None, overwrite: bool = False,
+) -> Manifest:  # fmt: skip
     """Pack the images of `sources`, in order, into the folder `out` (format: shards/FORMAT.md).
 
     An interrupted run is resumed and gives the same bytes. A complete dataset whose sources have not changed is left as it is.
@@ -141,20 +136,15 @@ def _pack_shard(out: Path, folders: Sequence[Path], shard: tuple[int, list[Liste
     return len(images)
 
 
-def tar_header(name: str, size: int) -> bytes:
-    """A POSIX (ustar) header that depends only on name and size."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode = size, 0o444
-    return member.tobuf(tarfile.USTAR_FORMAT)
-
-
 @contextmanager
 def new_tar(path: Path) -> Iterator[Callable[[str, bytes], int]]:
     """Write a tar file atomically; yields `add(name, data)`, which returns the position of the member's data."""
     with atomic_file(path) as file:
 
         def add(name: str, data: bytes) -> int:
-            file.write(tar_header(name, len(data)))
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o444
+            file.write(member.tobuf(tarfile.USTAR_FORMAT))  # POSIX; depends only on name and size
             start = file.tell()
             file.write(data + bytes(-len(data) % BLOCK_BYTES))
             return start
@@ -196,14 +186,11 @@ def _finish(listing: Listing, reports: Sequence[Path], out: Path, *, inputs: str
     num_packed = np.bincount(table["source"], minlength=len(listing.sources)).tolist()
     entries = (
         SourceEntry(
-            folder=str(source.folder.absolute()),
-            annotations=str(source.annotations.absolute()) if source.annotations else None,
-            num_packed=num_packed[i],
-            num_absent=len(listing.absent[i]),
-            num_unlisted=listing.unlisted[i],
+            folder=str(source.folder.absolute()), annotations=str(source.annotations.absolute()) if source.annotations else None,
+            num_packed=num_packed[i], num_absent=len(listing.absent[i]), num_unlisted=listing.unlisted[i],
         )
         for i, source in enumerate(listing.sources)
-    )
+    )  # fmt: skip
     finished = Manifest(
         fingerprint=index.fingerprint_of(shards["sha256"].tolist()), inputs=inputs, sources=tuple(entries), quarantined=tuple(quarantined),
         num_images=len(table), num_shards=len(shards), num_bytes=int(shards["num_bytes"].sum()),

@@ -21,16 +21,12 @@ from nvidia.dali import fn, math
 from orl_fast.console import log
 from orl_fast.views.cpu import CpuRenderer
 from orl_fast.views.decode import Decoder
-from orl_fast.views.plan import Batch, Crops, ImageSource, ViewPlan, usable_samples
+from orl_fast.views.plan import Batch, Crops, ImageSource, ViewPlan, usable_samples, without_bad
 
 types: Any = dali.types
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BRIGHTNESS, _CONTRAST, _SATURATION = 0, 1, 2
 _MAX_FAILURES, _MAX_FAILURES_FIRST = 20, 2  # batches in a row, after one was rendered and before; more are not the images' fault
-# What the graph takes for each view of a sample, and of how many axes.
-_NUM_AXES = {
-    "start": 1, "end": 1, "flip": 0, "before": 2, "contrast": 0, "after": 2, "hue": 0, "gray": 2, "sigma": 0, "window": 0, "solarize": 0,
-}  # fmt: skip
 
 
 class DaliRenderer:
@@ -88,8 +84,7 @@ class DaliRenderer:
     def _run(self, plan: ViewPlan) -> Batch:
         num, crops, sizes, nothing = len(plan.rows), plan.crops, tuple(plan.sizes_px.values()), np.empty(0, np.int64)
         if num == 0:
-            views = {name: torch.empty(0, 3, size, size, dtype=torch.uint8) for name, size in plan.sizes_px.items()}
-            return Batch(views=views, rows=plan.rows, bad_rows=nothing, bad_sources=nothing)
+            return without_bad(plan, (torch.empty(0, size, size, 3, dtype=torch.uint8) for size in sizes), nothing)
         # Views that read the same images share one decoder.
         sources = crops.source.reshape(len(sizes), num)
         readers = [next(u for u in range(v + 1) if np.array_equal(sources[u], sources[v])) for v in range(len(sizes))]
@@ -105,12 +100,11 @@ class DaliRenderer:
         for v in range(len(sizes)):
             for name, values in _parameters(crops, slice(v * num, (v + 1) * num)).items():
                 self._pipeline.feed_input(f"{name}{v}", values)
-        outputs = (torch.utils.dlpack.from_dlpack(batch.as_tensor()).permute(0, 3, 1, 2) for batch in self._pipeline.run())
-        return Batch(views=dict(zip(plan.sizes_px, outputs, strict=True)), rows=plan.rows, bad_rows=nothing, bad_sources=nothing)
+        return without_bad(plan, (torch.utils.dlpack.from_dlpack(batch.as_tensor()) for batch in self._pipeline.run()), nothing)
 
 
 def _parameters(crops: Crops, part: slice) -> dict[str, NDArray[Any]]:
-    """What the graph takes for one view, one entry per sample; names as in `_NUM_AXES`."""
+    """What the graph takes for one view: int32 or float32, one entry per sample."""
     box, factors, sigma = crops.box[part], crops.factors[part], crops.blur_sigma[part]
     place = np.argsort(crops.order[part], axis=1)[..., None, None]  # [B, 4, 1, 1]: when each operation comes
     identity, gray = np.eye(3, dtype=np.float32), np.tile(_LUMA, (3, 1))
@@ -147,9 +141,10 @@ def _views(readers: list[int], sizes: tuple[int, ...], beyond_box: bool, hw_deco
 
 def _view(image: Any, v: int, size: int, beyond_box: bool, places: Any) -> Any:
     p: dict[str, Any] = {}
-    for name, ndim in _NUM_AXES.items():
-        dtype = types.INT32 if name in ("flip", "window") else types.FLOAT
-        p[name] = fn.external_source(name=f"{name}{v}", dtype=dtype, ndim=ndim)
+    example = Crops.plain(np.zeros(1, np.int64), np.zeros((1, 4), np.float32))
+    for name, values in _parameters(example, slice(1)).items():
+        dtype = types.INT32 if values.dtype == np.int32 else types.FLOAT
+        p[name] = fn.external_source(name=f"{name}{v}", dtype=dtype, ndim=values.ndim - 1)
     options: dict[str, Any] = {"size": [size, size], "interp_type": types.INTERP_LINEAR, "antialias": True, "dtype": types.UINT8}
     if beyond_box:
         x: Any = fn.resize(image, roi_start=p["start"], roi_end=p["end"], **options)

@@ -15,7 +15,7 @@ import pytest
 from orl_fast.mining.pairs import write_pair_shards
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.shards.images import decode_rgb
-from orl_fast.shards.writer import tar_header
+from orl_fast.shards.writer import new_tar
 from orl_fast.tables import BoxTable, PairTable
 
 
@@ -96,8 +96,12 @@ def test_archives_are_what_pythons_tarfile_writes(packed, tmp_path):
         assert (tmp_path / "own.tar").read_bytes() == path.read_bytes()
 
 
-def test_headers_hold_the_longest_key():
-    assert tarfile.TarInfo.frombuf(tar_header("k" * 95 + ".json", 7), "utf-8", "strict").name == "k" * 95 + ".json"
+def test_headers_hold_the_longest_key(tmp_path):
+    with new_tar(tmp_path / "long.tar") as add:
+        start = add("k" * 95 + ".json", b"content")
+    header = (tmp_path / "long.tar").read_bytes()[:start]
+    assert len(header) == tarfile.BLOCKSIZE
+    assert tarfile.TarInfo.frombuf(header, "utf-8", "strict").name == "k" * 95 + ".json"
 
 
 def example(number: int, folder: Path) -> str:
