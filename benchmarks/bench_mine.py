@@ -24,7 +24,7 @@ from benchmarks.photographs import load_jpegs
 from benchmarks.untrained import write_untrained
 from orl_fast.config import Config
 from orl_fast.cores import num_cores
-from orl_fast.mining.executor import Processes
+from orl_fast.mining.executor import Executor
 from orl_fast.mining.pipeline import Stage
 from orl_fast.mining.rois import open_boxes
 from orl_fast.models import Encoder
@@ -81,7 +81,7 @@ def _prepared(folder: Path, jpegs: list[bytes], config: Config, device: torch.de
     write_untrained(folder / "checkpoint.pt", config)
     index = ShardIndex.open(folder / "shards")
     mined, checkpoint = folder / "mined", folder / "checkpoint.pt"
-    executor = Processes(device=device, num_workers=num_cores())
+    executor = Executor(device=device, num_workers=num_cores())
     stage = Stage(index=index, folder=mined, config=config, checkpoint=checkpoint, executor=executor)
     stage.run(("proposals", *_STEPS))
     return stage

@@ -26,25 +26,15 @@ _Named = tuple[str, Id, dict[str, Any]]  # name, id, entry
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """The images of an annotation file and their objects, without crowds, image by image.
+    """The images of an annotation file and their objects, without crowds, image by image."""
 
-    Attributes:
-        file_names: the images by ascending id, each once.
-        sizes_px: [N, 2] int64, width and height of each image; 0 where the file has none.
-        images: [M] int64, position of each object's image in `file_names`, ascending; objects of one image keep the file's order.
-        boxes: [M, 4] float64 xyxy, pixels.
-        labels: [M] int64, position of each object's category in `categories`; -1 if it has none that the file lists.
-        categories: the names, each once, by ascending id.
-        num_skipped: objects that cannot be used.
-    """
-
-    file_names: tuple[str, ...]
-    sizes_px: NDArray[np.int64]
-    images: NDArray[np.int64]
-    boxes: NDArray[np.float64]
-    labels: NDArray[np.int64]
-    categories: tuple[str, ...]
-    num_skipped: int
+    file_names: tuple[str, ...]  # the images by ascending id, each once
+    sizes_px: NDArray[np.int64]  # [N, 2] width and height of each image; 0 where the file has none
+    images: NDArray[np.int64]  # [M] position of each object's image in `file_names`, ascending; objects of one image keep the file's order
+    boxes: NDArray[np.float64]  # [M, 4] xyxy, pixels
+    labels: NDArray[np.int64]  # [M] position of each object's category in `categories`; -1 if it has none that the file lists
+    categories: tuple[str, ...]  # the names, each once, by ascending id
+    num_skipped: int  # objects that cannot be used
 
     def boxes_of(self, image: int) -> NDArray[np.float64]:
         """[m, 4]: the boxes of one image."""
@@ -55,11 +45,10 @@ class Annotations:
 def read_image_ids(path: Path) -> dict[str, int]:
     """File name → id of each image, in the file's order. Positions replace ids that are not all integers.
 
-    Raises:
-        DataError: the file is not a COCO-style annotation file.
+    DataError if the file is not a COCO-style annotation file.
     """
     skipped = _Skipped(list)
-    images = _images(path, _only_images(path) or _entries(path, _read(path), "images"), skipped)
+    images = _images(path, _only_images(path) or _entries(path, read_json(path), "images"), skipped)
     numbers = all(isinstance(key, int) for _, key, _ in images)
     if not numbers:
         log.warning("%s: its image ids are not integers; images are numbered by their position", path)
@@ -73,23 +62,18 @@ def read_image_ids(path: Path) -> dict[str, int]:
 def read_annotations(path: Path) -> Annotations:
     """Read images, objects and categories. Ids written as text are joined with equal integers; what is listed twice by name is merged.
 
-    Raises:
-        DataError: the file is not a COCO-style annotation file, or none of its objects can be used, for example because their boxes are
-            shares of the image's sides.
+    DataError if the file is not a COCO-style annotation file, or none of its objects can be used, for example because their boxes are
+    shares of the image's sides.
     """
-    content, skipped = _read(path), _Skipped(list)
-    images = _images(path, _entries(path, content, "images"), skipped)
-    if all(isinstance(key, int) for _, key, _ in images):
-        images.sort(key=itemgetter(1))
+    content, skipped = read_json(path), _Skipped(list)
+    images = _by_id(_images(path, _entries(path, content, "images"), skipped))
     sizes: dict[str, tuple[int, int]] = {}
     for name, _, entry in images:
         sizes[name] = max(sizes.get(name, (0, 0)), _size_px(entry))
     numbers = {name: number for number, name in enumerate(sizes)}
     image_of = _unambiguous((key, numbers[name]) for name, key, _ in images)
     listed = content.get("categories")
-    named = list(_named(listed if isinstance(listed, list) else [], "categories", lambda entry: entry.get("name"), skipped))
-    if all(isinstance(key, int) for _, key, _ in named):
-        named.sort(key=itemgetter(1))
+    named = _by_id(list(_named(listed if isinstance(listed, list) else [], "categories", lambda entry: entry.get("name"), skipped)))
     categories = list(dict.fromkeys(name for name, _, _ in named))
     label_of = _unambiguous((key, categories.index(name)) for name, key, _ in named)
     objects: list[tuple[int, int, list[float]]] = []  # image, label, box
@@ -127,11 +111,7 @@ def read_annotations(path: Path) -> Annotations:
 
 
 def rotate_boxes(boxes: NDArray[Any], *, orientation: int, size_px: tuple[int, int]) -> NDArray[Any]:
-    """Boxes [M, 4] xyxy of an image as stored, width × height `size_px`, in the frame of the upright image.
-
-    Args:
-        orientation: EXIF's, 1 to 8.
-    """
+    """Boxes [M, 4] xyxy of an image stored as width × height `size_px`, in the frame of the upright one; `orientation`: EXIF's, 1 to 8."""
     x, y = boxes[:, 0::2], boxes[:, 1::2]
     if orientation in (2, 3, 7, 8):
         x = size_px[0] - x
@@ -142,11 +122,12 @@ def rotate_boxes(boxes: NDArray[Any], *, orientation: int, size_px: tuple[int, i
     return np.stack([x.min(1), y.min(1), x.max(1), y.max(1)], axis=1)
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path, *, remedy: str = _REMEDY) -> Any:
+    """The content of a JSON file. DataError if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); {_REMEDY}") from error
+        raise DataError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
 
 
 def _only_images(path: Path) -> list[Any]:
@@ -186,6 +167,10 @@ def _named(entries: list[Any], what: str, name_of: Callable[[dict[str, Any]], An
             skipped[f"{what} listed again by the same name, merged"].append(name)
         seen.add(name)
         yield name, key, entry
+
+
+def _by_id(found: list[_Named]) -> list[_Named]:
+    return sorted(found, key=itemgetter(1)) if all(isinstance(key, int) for _, key, _ in found) else found
 
 
 def _size_px(image: dict[str, Any]) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def test_images_are_read_without_the_rest_of_the_file(write: Any, monkeypatch: p
     expected = {"30.jpg": 30, "9.jpg": 9}
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     with monkeypatch.context() as patch:
-        patch.setattr(coco, "_read", lambda _: pytest.fail("the whole file was parsed"))
+        patch.setattr(coco, "read_json", lambda _: pytest.fail("the whole file was parsed"))
         assert read_image_ids(file) == expected
         file.write_text(
             file.read_text("utf-8-sig").replace('"file_name"', '"license": 1, "coco_url"').replace("30.jpg", "http://x/y/30.jpg")

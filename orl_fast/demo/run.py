@@ -24,7 +24,7 @@ from orl_fast.evals.knn import knn
 from orl_fast.evals.labels import LabelledOptions
 from orl_fast.evals.probe import linear_probe
 from orl_fast.files import write_json
-from orl_fast.mining.executor import Processes
+from orl_fast.mining.executor import Executor
 from orl_fast.mining.pipeline import Stage
 from orl_fast.models import Encoder, load_encoder, random_encoder
 from orl_fast.recipe import load_config, with_overrides
@@ -73,16 +73,8 @@ class Demo:
     ranks: Ranks = field(default_factory=Ranks)
     times_s: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def shards(self) -> Path:
-        return self.folder / "shards" / "scenes"
-
     def run_folder(self, method: str) -> Path:
         return self.folder / "runs" / "scenes" / method
-
-    @property
-    def picture(self) -> Path:
-        return self.folder / "pairs.png"
 
     def clear(self) -> None:
         """Remove what an earlier demo left in the folder, and nothing else."""
@@ -94,28 +86,26 @@ class Demo:
     def run(self) -> dict[str, dict[str, float]]:
         """All stages; returns "probe" and "knn", top-1 (0 to 1) on held-out labelled digits, and "chance" for "random", "BYOL" and "ORL".
 
-        Raises:
-            Stopped: by SIGINT or SIGTERM; the same call resumes.
-            StaleError: the folder holds a demo of another seed or size.
+        Stopped by SIGINT or SIGTERM: the same call resumes. StaleError if the folder holds a demo of another seed or size.
         """
         settings_file, settings = self.folder / "demo.json", {"seed": self.seed, **asdict(self.size)}
         if settings_file.is_file() and json.loads(settings_file.read_text()) != settings:
             raise StaleError(f"{self.folder}: holds a demo of another seed or size; use --restart to replace it, or another --out")
         write_json(settings_file, settings)
-        scenes, mined = self.folder / "scenes", self.shards / "mined"
+        scenes, shards = self.folder / "scenes", self.folder / "shards" / "scenes"
         with self._stage("drawing scenes"):
             write_scenes(scenes / "train", num_scenes=self.size.num_scenes, seed=self.seed)
             for name in ("labelled", "test"):
                 num_scenes, held_out = self.size.num_labelled, name == "test"
                 write_scenes(scenes / name, num_scenes=num_scenes, seed=self.seed, labelled=True, held_out_digits=held_out)
         with self._stage("packing them"):
-            write_shards([scenes / "train" / "images"], self.shards, num_workers=self.ranks.num_threads)
-        index = ShardIndex.open(self.shards)
+            write_shards([scenes / "train" / "images"], shards, num_workers=self.ranks.num_threads)
+        index, mined = ShardIndex.open(shards), shards / "mined"
         config = load_config("demo", overrides=[f"train.seed={self.seed}", f"train.epochs={self.size.byol_epochs}"])
         with self._stage("stage 1: BYOL"):
             self._train("byol", config, index)
         with self._stage("stage 2: mining"):
-            executor = Processes(device=self.ranks.device, num_workers=self.ranks.num_threads)
+            executor = Executor(device=self.ranks.device, num_workers=self.ranks.num_threads)
             Stage(index=index, folder=mined, config=config, checkpoint=self.run_folder("byol"), executor=executor).run()
         with self._stage("stage 3: ORL"):
             changed = with_overrides(config, [f"train.epochs={self.size.orl_epochs}", f"optim.lr_per_256={ORL_LR_PER_256}"])
@@ -126,7 +116,7 @@ class Demo:
             images = np.sort(np.random.default_rng(self.seed).permutation(len(index))[:_PICTURED]).tolist()
             tables = BoxTable.open(mined / "rois"), PairTable.open(mined / "pairs")
             grid = pair_grid(index, *tables, images=images, num_neighbors=4, title="Corresponding RoIs of the demo")
-            save_picture(draw_grid(grid), self.picture)
+            save_picture(draw_grid(grid), self.folder / "pairs.png")
         return results
 
     @contextmanager

@@ -5,7 +5,6 @@ or on other machines that see the same files. Another executor is a subclass in 
 """
 
 import datetime
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -21,28 +20,25 @@ Result = TypeVar("Result")
 Worker = Callable[[Iterable[Task], torch.device, int], Iterator[Result]]
 
 
-class Executor(ABC):
-    """Maps work over tasks. Every process that mines runs the same steps; the defaults are those of a single one.
+class Executor:
+    """Maps work over tasks: this one in worker processes on this machine, device work in this process. Others override what differs.
 
-    Attributes:
-        device: where this process computes itself. num_workers: its processes, or threads.
-        is_main: whether this process decides, joins and reports.
-        num_shares: among how many processes the shards are divided.
+    Every process that mines runs the same steps; the defaults are those of a single one.
     """
 
-    is_main = True
-    num_shares = 1
+    is_main = True  # whether this process decides, joins and reports
+    num_shares = 1  # among how many processes the shards are divided
 
     def __init__(self, *, device: torch.device | None = None, num_workers: int = 1) -> None:
-        self.device, self.num_workers = device or torch.device("cpu"), num_workers
+        self.device, self.num_workers = device or torch.device("cpu"), num_workers  # of this process; workers: its processes, or threads
 
-    @abstractmethod
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Yield function(task) of each task, in any order: for work on the CPU."""
+        return run_in_workers(function, tasks, num_workers=self.num_workers)
 
-    @abstractmethod
     def map_on_devices(self, worker: Worker[Task, Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """Yield the results of all tasks, in any order, from one worker on each device: for encoders, which are slow to open."""
+        return worker(tasks, self.device, self.num_workers)
 
     def own(self, shards: Sequence[int]) -> Sequence[int]:
         """Those of the shards that this process is responsible for."""
@@ -54,20 +50,10 @@ class Executor(ABC):
 
     def barrier(self) -> None:
         """Return when every process has called it."""
-        return None
+        return
 
 
-class Processes(Executor):
-    """Worker processes on this machine; device work in this process."""
-
-    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        return run_in_workers(function, tasks, num_workers=self.num_workers)
-
-    def map_on_devices(self, worker: Worker[Task, Result], tasks: Iterable[Task]) -> Iterator[Result]:
-        return worker(tasks, self.device, self.num_workers)
-
-
-class Torchrun(Processes):
+class Torchrun(Executor):
     """The ranks of torchrun, each with its processes and its device. They wait for one another for days if need be."""
 
     def __init__(self, *, device: torch.device | None = None, num_workers: int = 1) -> None:
@@ -96,4 +82,4 @@ class Torchrun(Processes):
         dist.barrier(self._group)
 
 
-EXECUTORS: dict[str, Callable[..., Executor]] = {"processes": Processes, "torchrun": Torchrun}
+EXECUTORS: dict[str, Callable[..., Executor]] = {"processes": Executor, "torchrun": Torchrun}

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from orl_fast.console import log
 from orl_fast.errors import DataError
-from orl_fast.mining.parts import pieces
 from orl_fast.tables import NeighborTable
 
 EXACT_LIMIT = 4_000_000  # images; beyond, comparing all with all takes longer than the rest of the stage
@@ -34,15 +33,9 @@ def find_neighbors(
 ) -> Iterator[NeighborTable]:
     """The `num_neighbors` rows nearest to each row by inner product, the row itself left out; of equal ones the lower row first.
 
-    Memory is bounded by the blocks in work, whatever the number of rows; `features` may be a memory map. Above `exact_limit` rows an
-    inverted file (IVF) is searched, and its recall against the exact search is measured on a sample and logged.
-
-    Args:
-        features: [N, D] float32, of unit length.
-    Yields:
-        The neighbors of some consecutive images, in order.
-    Raises:
-        DataError: there are not more than `num_neighbors` rows.
+    Yields the neighbors of some consecutive images, in order. Memory is bounded by the blocks in work, whatever the number of rows;
+    `features`, [N, D] of unit length, may be a memory map. Above `exact_limit` rows an inverted file (IVF) is searched, and its recall
+    against the exact search is measured on a sample and logged. DataError if there are not more than `num_neighbors` rows.
     """
     if len(features) <= num_neighbors:
         raise DataError(
@@ -61,8 +54,8 @@ def find_neighbors(
             both = [_without_self(features, rows, kind, num_neighbors).neighbors for kind in (exact, search)]
             recall = 100 * np.mean([np.isin(true, found).mean() for true, found in zip(*both, strict=True)])
             log.info("neighbors: IVF index with a recall of %.2f %% of the exact %d neighbors of a sample", recall, num_neighbors)
-        for block in pieces(range(len(features)), _QUERY_BLOCK):
-            yield _without_self(features, np.asarray(block), search, num_neighbors)
+        for start in range(0, len(features), _QUERY_BLOCK):
+            yield _without_self(features, np.arange(start, min(start + _QUERY_BLOCK, len(features))), search, num_neighbors)
     finally:
         faiss.omp_set_num_threads(former_threads)
 

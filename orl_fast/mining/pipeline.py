@@ -8,12 +8,11 @@ made from the same images and the same checkpoint.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,15 +21,12 @@ from orl_fast.config import Config
 from orl_fast.console import human_time, log, log_to_file
 from orl_fast.errors import DataError, StaleError
 from orl_fast.files import human_bytes, locked, remove_leftovers, require_free_space
-from orl_fast.mining.executor import Executor, Processes
-from orl_fast.mining.features import FeatureWriter, renderer_setting
+from orl_fast.mining.executor import Executor
+from orl_fast.mining.features import renderer_setting, write_features
 from orl_fast.mining.neighbors import EXACT_LIMIT, find_neighbors
-from orl_fast.mining.objects import annotation_files, digest_files, object_boxes
-from orl_fast.mining.pairs import PairMiner
-from orl_fast.mining.parts import array_writer, join_arrays, open_part
-from orl_fast.mining.patches import join_patches, pack_shards
-from orl_fast.mining.rois import COUNTS, filter_shards, join_boxes, propose_shards, save_shards
-from orl_fast.mining.step import Step
+from orl_fast.mining.pairs import PairMiner, join_patches, pack_patches
+from orl_fast.mining.rois import MAX_PX, annotation_files, digest_files, filter_shards, join_boxes, propose_shards, save_objects
+from orl_fast.mining.step import Step, array_writer, join_arrays, open_part
 from orl_fast.models import Encoder, load_encoder
 from orl_fast.provenance import TableInfo, open_info, table_info
 from orl_fast.shards import ShardIndex
@@ -41,31 +37,20 @@ STEPS = ("features", "neighbors", "proposals", "rois", "pairs")
 IMPORTED = "imported"  # a setting of tables that `orl-fast import` wrote; mining keeps them
 # The imported tables that make a step needless.
 _SPARED_BY = {step: (step,) for step in STEPS} | {"features": ("neighbors",), "proposals": ("proposals", "rois")}
-_MAX_PX = np.iinfo(np.int16).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What stage 2 works on and with.
-
-    Attributes:
-        folder: where the tables go, `mined/` of the shard folder.
-        config: `mining`, `variant` and `loader` are used.
-        checkpoint: of stage 1; proposals and RoIs do without.
-        annotations: file for the proposals "coco-annotations"; None: the one recorded when the images were packed.
-        keep_imported: keep imported proposals and RoIs; False: use proposals of our own in their place.
-        exact_limit: more images than this are searched by an approximate index.
-        executor: does the work, see `orl_fast.mining.executor`.
-    """
+    """What stage 2 works on and with."""
 
     index: ShardIndex
-    folder: Path
-    config: Config
-    checkpoint: Path
-    annotations: Path | None = None
-    keep_imported: bool = True
-    exact_limit: int = EXACT_LIMIT
-    executor: Executor = field(default_factory=Processes)
+    folder: Path  # where the tables go, `mined/` of the shard folder
+    config: Config  # `mining`, `variant` and `loader` are used
+    checkpoint: Path  # of stage 1; proposals and RoIs do without
+    annotations: Path | None = None  # file for the proposals "coco-annotations"; None: the one recorded when the images were packed
+    keep_imported: bool = True  # keep imported proposals and RoIs; False: use proposals of our own in their place
+    exact_limit: int = EXACT_LIMIT  # more images than this are searched by an approximate index
+    executor: Executor = field(default_factory=Executor)  # does the work
     times_s: dict[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -105,7 +90,7 @@ class Stage:
                     if not is_locked:
                         stack.enter_context(self.locked())
                         is_locked = True
-                    _STEPS[step](self).run(self.folder, self.executor)
+                    _STEPS[step](self).run(self.executor)
                 self.times_s[step] = time.monotonic() - start_s
 
     def summary(self) -> list[str]:
@@ -123,17 +108,18 @@ class Stage:
 
     def info(self, step: str) -> TableInfo:
         """The table of a step, checked against the images, the checkpoint and the tables it was made from."""
-        made_from = {"index": self.index.fingerprint}
         found = table_info(self.folder / step)
         if found is not None and IMPORTED in found.settings:
-            return open_info(self.folder / step, step, made_from=made_from, remedy="orl-fast import again")
-        if step in ("features", "neighbors"):
-            made_from["encoder"] = self.encoder.fingerprint
+            return open_info(self.folder / step, step, made_from=self.inputs(), remedy="orl-fast import again")
+        checked = {"features": ("encoder",), "neighbors": ("encoder",), "pairs": ("neighbors", "rois")}.get(step, ())
         if step == "rois" and table_info(self.folder / "proposals") is not None:
-            made_from["proposals"] = self.info("proposals").fingerprint
-        if step == "pairs":
-            made_from |= {name: self.info(name).fingerprint for name in ("neighbors", "rois")}
-        return open_info(self.folder / step, step, made_from=made_from, remedy=f"orl-fast mine {step}")
+            checked = ("proposals",)
+        return open_info(self.folder / step, step, made_from=self.inputs(*checked), remedy=f"orl-fast mine {step}")
+
+    def inputs(self, *names: str) -> dict[str, str]:
+        """The fingerprints of the images and of these: the encoder, or other tables, checked as by `info`."""
+        others = {name: self.encoder.fingerprint if name == "encoder" else self.info(name).fingerprint for name in names}
+        return {"index": self.index.fingerprint, **others}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -152,20 +138,12 @@ class Stage:
             self.executor.decide(hold)
             yield
 
-    def describe(self, kind: str, made_from: Mapping[str, str], **settings: Any) -> TableInfo:
-        return TableInfo(kind=kind, made_from={"index": self.index.fingerprint, **made_from}, settings=settings)
-
     @cached_property
     def images_per_shard(self) -> list[int]:
         return [len(self.index.shard_rows(shard)) for shard in range(self.index.num_shards)]
 
     def _reason_to_skip(self, step: str) -> str | None:
-        if imported := self._imported_for(step):
-            return f"not made, the imported {imported} are kept"
-        return "up to date" if _STEPS[step](self).is_current(self.folder) else None
-
-    def _imported_for(self, step: str) -> str | None:
-        """The imported table that makes a step needless, checked as by `info`; None where there is none."""
+        """That an imported table, checked as by `info`, makes the step needless, or that it was made."""
         for name in _SPARED_BY.get(step, ()):
             found = table_info(self.folder / name)
             if found is None or IMPORTED not in found.settings or not (self.keep_imported or name == "neighbors"):
@@ -176,16 +154,18 @@ class Stage:
                     f"{self.folder / name}: imported with {imported} neighbors, {self.num_neighbors} are asked for; "
                     f"use --neighbors {imported}, or remove the folder and mine"
                 )
-            return name
-        return None
+            return f"not made, the imported {name} are kept"
+        return "up to date" if _STEPS[step](self).is_current() else None
 
 
 def _features(stage: Stage) -> Step:
     folder, mining, num_shards = stage.folder / "features", stage.config.mining, stage.index.num_shards
-    sizes = {"resize_px": mining.resize_px, "crop_px": mining.crop_px, **renderer_setting(stage.config.loader)}
+    settings = {"resize_px": mining.resize_px, "crop_px": mining.crop_px, **renderer_setting(stage.config.loader)}
+    worker = partial(write_features, folder=folder, index=stage.index, encoder=stage.encoder, config=stage.config)
     return Step(
-        info=stage.describe("features", {"encoder": stage.encoder.fingerprint}, **sizes),
-        work=partial(stage.executor.map_on_devices, _feature_writer(stage, folder).write_images),
+        mined=stage.folder,
+        info=TableInfo(kind="features", made_from=stage.inputs("encoder"), settings=settings),
+        work=partial(stage.executor.map_on_devices, worker),
         sizes=stage.images_per_shard,
         finish=lambda: join_arrays(folder / "features.npy", (open_part(folder, "features", shard) for shard in range(num_shards))),
     )
@@ -193,8 +173,7 @@ def _features(stage: Stage) -> Step:
 
 def _neighbors(stage: Stage) -> Step:
     """One task: the main process compares all with all."""
-    folder, features, exact = stage.folder / "neighbors", stage.info("features"), len(stage.index) <= stage.exact_limit
-    made_from = {"encoder": features.made_from["encoder"], "features": features.fingerprint}
+    folder, made_from = stage.folder / "neighbors", stage.inputs("encoder", "features")
 
     def work(shards: Sequence[int]) -> Iterator[int]:
         for _ in shards:
@@ -210,42 +189,39 @@ def _neighbors(stage: Stage) -> Step:
                     write_similarities(block.similarities)
                     yield len(block.neighbors)
 
-    info = stage.describe("neighbors", made_from, num_neighbors=stage.num_neighbors, exact=exact)
-    return Step(info=info, work=work, sizes=[len(stage.index)])
+    settings = {"num_neighbors": stage.num_neighbors, "exact": len(stage.index) <= stage.exact_limit}
+    info = TableInfo(kind="neighbors", made_from=made_from, settings=settings)
+    return Step(mined=stage.folder, info=info, work=work, sizes=[len(stage.index)])
 
 
 def _proposals(stage: Stage) -> Step:
-    folder, mining, index = stage.folder / "proposals", stage.config.mining, stage.index
-    if mining.proposals == "coco-annotations":
+    folder, index, executor = stage.folder / "proposals", stage.index, stage.executor
+    backend, seed = stage.config.mining.proposals, stage.config.mining.proposal_seed
+    if backend == "coco-annotations":
         files = annotation_files(index, stage.annotations)
-        return Step(
-            info=stage.describe("proposals", {"annotations": digest_files(files)}, backend=mining.proposals),
-            work=lambda shards: save_shards(folder, shards, object_boxes(index, files), index=index),
-            last=COUNTS,
-            sizes=stage.images_per_shard,
-        )
-    backend, seed = mining.proposals, mining.proposal_seed
-    return Step(
-        info=stage.describe("proposals", {}, backend=backend, seed=seed),
-        work=partial(propose_shards, folder, index=index, backend=backend, seed=seed, executor=stage.executor),
-        last=COUNTS,
-        sizes=stage.images_per_shard,
-    )
+        made_from = {**stage.inputs(), "annotations": digest_files(files)}
+        info = TableInfo(kind="proposals", made_from=made_from, settings={"backend": backend})
+        work = partial(save_objects, folder, index=index, files=files)
+    else:
+        info = TableInfo(kind="proposals", made_from=stage.inputs(), settings={"backend": backend, "seed": seed})
+        work = partial(propose_shards, folder, index=index, backend=backend, seed=seed, executor=executor)
+    return Step(mined=stage.folder, info=info, work=work, last="counts", sizes=stage.images_per_shard)
 
 
 def _rois(stage: Stage) -> Step:
-    folder, source, index = stage.folder / "rois", stage.folder / "proposals", stage.index
+    folder, index = stage.folder / "rois", stage.index
     limits = {name: getattr(stage.config.mining, name) for name in ("min_side_px", "max_aspect", "max_iou", "max_rois")}
 
     def warn_of_large_images(_: Sequence[int]) -> None:
-        num_large = int((np.maximum(index.heights, index.widths) > _MAX_PX).sum())
+        num_large = int((np.maximum(index.heights, index.widths) > MAX_PX).sum())
         if num_large:
-            log.warning("rois: %d images have a side over %d px, where boxes end; each is proposed as a whole", num_large, _MAX_PX)
+            log.warning("rois: %d images have a side over %d px, where boxes end; each is proposed as a whole", num_large, MAX_PX)
 
     return Step(
-        info=stage.describe("rois", {"proposals": stage.info("proposals").fingerprint}, **limits),
-        work=partial(filter_shards, folder, index=index, source=source, limits=limits),
-        last=COUNTS,
+        mined=stage.folder,
+        info=TableInfo(kind="rois", made_from=stage.inputs("proposals"), settings=limits),
+        work=partial(filter_shards, folder, index=index, source=stage.folder / "proposals", limits=limits),
+        last="counts",
         sizes=stage.images_per_shard,
         finish=partial(join_boxes, folder, num_shards=index.num_shards),
         check=warn_of_large_images,
@@ -258,15 +234,17 @@ def _roi_features(stage: Stage) -> Step:
 
     def require_space(shards: Sequence[int]) -> None:
         """For all processes together."""
-        num_bytes = sum(num_rois[shard] for shard in shards) * stage.encoder.num_features * 2
-        log.info("RoI features: %s RoIs, %s in %s", f"{sum(num_rois[shard] for shard in shards):,}", human_bytes(num_bytes), folder)
+        num_left = sum(num_rois[shard] for shard in shards)
+        num_bytes = num_left * stage.encoder.num_features * 2
+        log.info("RoI features: %s RoIs, %s in %s", f"{num_left:,}", human_bytes(num_bytes), folder)
         require_free_space(folder, num_bytes=num_bytes, purpose="RoI features")
 
-    made_from = {"encoder": stage.encoder.fingerprint, "rois": stage.info("rois").fingerprint}
-    sizes = {"roi_size_px": stage.config.mining.roi_size_px, **renderer_setting(stage.config.loader)}
+    settings = {"roi_size_px": stage.config.mining.roi_size_px, **renderer_setting(stage.config.loader)}
+    worker = partial(write_features, folder=folder, index=index, encoder=stage.encoder, config=stage.config, rois=rois)
     return Step(
-        info=stage.describe("roi-features", made_from, **sizes),
-        work=partial(stage.executor.map_on_devices, partial(_feature_writer(stage, folder).write_rois, rois=rois)),
+        mined=stage.folder,
+        info=TableInfo(kind="roi-features", made_from=stage.inputs("encoder", "rois"), settings=settings),
+        work=partial(stage.executor.map_on_devices, worker),
         sizes=num_rois,
         unit="RoIs",
         check=require_space,
@@ -275,18 +253,16 @@ def _roi_features(stage: Stage) -> Step:
 
 def _pairs(stage: Stage) -> Step:
     mining, variant, num_neighbors = stage.config.mining, stage.config.variant, stage.num_neighbors
-    neighbors, rois = stage.info("neighbors"), stage.info("rois")
-    found = int(neighbors.settings["num_neighbors"])
+    found = int(stage.info("neighbors").settings["num_neighbors"])
+    made_from = stage.inputs("encoder", "neighbors", "rois")
     if found < num_neighbors:
         raise StaleError(
             f"{stage.folder / 'neighbors'}: holds {found} neighbors, {num_neighbors} are asked for; "
             f"run orl-fast mine neighbors --neighbors {num_neighbors}"
         )
-    made_from = {"encoder": stage.encoder.fingerprint, "neighbors": neighbors.fingerprint, "rois": rois.fingerprint}
-    sizes = {"roi_size_px": mining.roi_size_px, "num_neighbors": num_neighbors, "pair_ratio": mining.pair_ratio}
+    sizes = {"roi_size_px": mining.roi_size_px, "num_neighbors": num_neighbors, "pair_ratio": mining.pair_ratio, "compat": variant}
     miner = PairMiner(
-        folder=stage.folder / "pairs",
-        features=stage.folder / "roi-features",
+        mined=stage.folder,
         index=stage.index,
         rois=BoxTable.open(stage.folder / "rois"),
         neighbors=NeighborTable.open(stage.folder / "neighbors").neighbors[:, :num_neighbors],
@@ -294,7 +270,8 @@ def _pairs(stage: Stage) -> Step:
         variant=variant,
     )
     return Step(
-        info=stage.describe("pairs", made_from, **sizes, compat=variant, **renderer_setting(stage.config.loader)),
+        mined=stage.folder,
+        info=TableInfo(kind="pairs", made_from=made_from, settings={**sizes, **renderer_setting(stage.config.loader)}),
         work=partial(stage.executor.map_on_devices, miner.mine),
         sizes=stage.images_per_shard,
         finish=miner.join,
@@ -303,18 +280,14 @@ def _pairs(stage: Stage) -> Step:
 
 
 def _patches(stage: Stage) -> Step:
-    folder, made_from = stage.folder / "patches", {name: stage.info(name).fingerprint for name in ("rois", "pairs")}
-    rois, pairs = BoxTable.open(stage.folder / "rois"), PairTable.open(stage.folder / "pairs")
+    folder = stage.folder / "patches"
     return Step(
-        info=stage.describe("patches", made_from, side_px=PATCH_SIDE_PX),
-        work=partial(pack_shards, folder, index=stage.index, rois=rois, pairs=pairs, executor=stage.executor),
+        mined=stage.folder,
+        info=TableInfo(kind="patches", made_from=stage.inputs("rois", "pairs"), settings={"side_px": PATCH_SIDE_PX}),
+        work=partial(pack_patches, folder, index=stage.index, executor=stage.executor),
         sizes=stage.images_per_shard,
         finish=partial(join_patches, folder, num_shards=stage.index.num_shards),
     )
-
-
-def _feature_writer(stage: Stage, folder: Path) -> FeatureWriter:
-    return FeatureWriter(folder=folder, index=stage.index, encoder=stage.encoder, config=stage.config)
 
 
 _STEPS: dict[str, Callable[[Stage], Step]] = {

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -24,32 +24,18 @@ from orl_fast.shards.images import BadImage, decode_rgb, packed_image
 from orl_fast.shards.sources import find_sources, list_images
 from orl_fast.shards.workers import run_in_workers
 
+_Found = tuple[int, int, NDArray[np.int16]] | str  # width and height of the upright image, boxes [P, 4] xywh; or why it is skipped
 _OFF = {"min_side_px": 0, "max_aspect": math.inf, "max_iou": 1.0, "max_rois": 2**31 - 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProposalFile:
-    """What was written. skipped: file name → reason."""
+    """What was written."""
 
     num_images: int
     num_boxes: int
-    num_absent: int
-    skipped: dict[str, str]
-
-
-class _Photo(NamedTuple):
-    image_id: int
-    file_name: str
-
-
-class _Found(NamedTuple):
-    """The result for photograph number `position`: its upright size and [P, 4] boxes xywh, or the reason why it was skipped."""
-
-    position: int
-    width: int = 0
-    height: int = 0
-    boxes: NDArray[np.int16] | None = None
-    reason: str = ""
+    num_absent: int  # images of the annotation file
+    skipped: dict[str, str]  # file name → reason
 
 
 def image_seed(file_name: str, seed: int) -> int:
@@ -73,8 +59,7 @@ def write_proposals(
     cannot be decoded is skipped. Annotations are written as they are found, by image and then by rank; the list of images follows them.
 
     Args:
-        out: a path, which appears only when all is written, or an open file.
-        split: of a COCO folder with several.
+        out: a path, which appears only when all is written, or an open file. split: of a COCO folder with several.
         limits: arguments of `filter_proposals`; those left out, or all, limit nothing.
     Raises:
         DataError: there is no image, or none that can be decoded; the file cannot be written.
@@ -88,19 +73,19 @@ def write_proposals(
         "filter": dict(sorted(limits.items())) if limits else None,
     }
     search = partial(_search, folder=folder, seed=seed, backend=backend, limits=limits)
-    found = run_in_workers(search, enumerate(photo.file_name for photo in images), num_workers=num_workers)
+    found = run_in_workers(search, enumerate(file_name for _, file_name in images), num_workers=num_workers)
     entries, num_boxes = [], 0
     opened = atomic_file(out) if isinstance(out, Path) else nullcontext(out)
     with opened as file, progress("proposals", total=len(images), unit="images") as advance:
         file.write(f'{{"info": {json.dumps(info)},\n"annotations": ['.encode())
-        for result in _in_order(found):
-            image_id, file_name = images[result.position]
-            if result.boxes is None:
-                skipped[file_name] = result.reason
+        for (image_id, file_name), result in zip(images, _in_order(found), strict=True):
+            if isinstance(result, str):
+                skipped[file_name] = result
             else:
-                file.write(_annotations(result.boxes, image_id, after=num_boxes).encode())
-                entries.append({"id": image_id, "file_name": file_name, "width": result.width, "height": result.height})
-                num_boxes += len(result.boxes)
+                width, height, boxes = result
+                file.write(_annotations(boxes, image_id, after=num_boxes).encode())
+                entries.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
+                num_boxes += len(boxes)
             advance()
         if not entries:
             name, reason = next(iter(skipped.items()))
@@ -110,37 +95,37 @@ def write_proposals(
     return ProposalFile(num_images=len(entries), num_boxes=num_boxes, num_absent=num_absent, skipped=skipped)
 
 
-def _list(photos: Path, split: str | None) -> tuple[Path, list[_Photo], dict[str, str], int]:
-    """The folder, its images, what in it is unreadable, and how many images of its annotation file are not there."""
+def _list(photos: Path, split: str | None) -> tuple[Path, list[tuple[int, str]], dict[str, str], int]:
+    """The folder, its images (id and name), what in it is unreadable, and how many images of its annotation file are not there."""
     if not photos.exists():
         raise DataError(f"{photos}: no such file or folder; give an image or a folder of images")
     if photos.is_file() and not split:
-        return photos.parent, [_Photo(0, photos.name)], {}, 0
+        return photos.parent, [(0, photos.name)], {}, 0
     listing = list_images(find_sources([photos], splits=[split] if split else []))
-    images = [_Photo(image.image_id, image.file_name) for image in listing.images]
+    images = [(image.image_id, image.file_name) for image in listing.images]
     return listing.sources[0].folder, images, {entry.file_name: entry.reason for entry in listing.unreadable}, len(listing.absent[0])
 
 
-def _search(task: tuple[int, str], *, folder: Path, seed: int, backend: Backend, limits: Mapping[str, Any] | None) -> _Found:
-    """The proposals of one photograph. Runs in a worker process."""
+def _search(task: tuple[int, str], *, folder: Path, seed: int, backend: Backend, limits: Mapping[str, Any] | None) -> tuple[int, _Found]:
+    """The proposals of one photograph, with its position. Runs in a worker process."""
     position, file_name = task
     try:
         packed = packed_image((folder / file_name).read_bytes())
         with one_opencv_thread():  # images are the parallel unit
             boxes = selective_search(np.asarray(decode_rgb(packed.jpeg)), seed=image_seed(file_name, seed), backend=backend)
     except (BadImage, DataError, MemoryError, OSError) as error:
-        return _Found(position, reason=getattr(error, "strerror", None) or str(error) or "too large for the memory at hand")
+        return position, getattr(error, "strerror", None) or str(error) or "too large for the memory at hand"
     if limits:
         boxes = boxes[filter_proposals(boxes, **{**_OFF, **limits})]
     boxes[:, 2:] -= boxes[:, :2]
-    return _Found(position, packed.width, packed.height, boxes)
+    return position, (packed.width, packed.height, boxes)
 
 
-def _in_order(found: Iterable[_Found]) -> Iterator[_Found]:
+def _in_order(found: Iterable[tuple[int, _Found]]) -> Iterator[_Found]:
     waiting: dict[int, _Found] = {}
     position = 0
-    for result in found:
-        waiting[result.position] = result
+    for number, result in found:
+        waiting[number] = result
         while position in waiting:
             yield waiting.pop(position)
             position += 1

@@ -14,27 +14,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orl_fast.coco import read_json
 from orl_fast.config import MiningConfig
 from orl_fast.errors import DataError, StaleError
 from orl_fast.files import atomic_file
-from orl_fast.mining.objects import annotation_files, read_json, rows_of_names
-from orl_fast.mining.pair_shards import write_pair_shards
+from orl_fast.mining.pairs import write_pair_shards
 from orl_fast.mining.pipeline import IMPORTED, Stage
-from orl_fast.mining.rois import open_boxes, save_shards
+from orl_fast.mining.rois import annotation_files, open_boxes, rows_of_names, save_shards
 from orl_fast.provenance import TableInfo, activate, new_table, table_info
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable, NeighborTable, PairTable
 
+_REMEDY = "give another file"
 # Their names for our limits.
 _LIMITS = {"bbox_min_size": "min_side_px", "bbox_max_aspect_ratio": "max_aspect", "bbox_max_iou": "max_iou", "intra_bbox_num": "max_rois"}
 
 
 def export_neighbors(stage: Stage, file: Path, *, num_neighbors: int | None = None) -> None:
-    """Write the neighbors of each image: all that the table holds, or the first `num_neighbors`.
-
-    Raises:
-        StaleError: it holds fewer.
-    """
+    """Write the neighbors of each image: all that the table holds, or the first `num_neighbors`; StaleError if it holds fewer."""
     stage.info("neighbors")
     neighbors = NeighborTable.open(stage.folder / "neighbors").neighbors
     found = neighbors.shape[1]
@@ -62,8 +59,7 @@ def export_proposals(stage: Stage, file: Path) -> None:
 def export_pairs(stage: Stage, file: Path, *, num_neighbors: int | None = None, pair_ratio: float | None = None) -> None:
     """Write RoIs, neighbors and corresponding RoIs: all that the tables hold, or fewer neighbors and a smaller ratio.
 
-    Raises:
-        StaleError: they hold fewer than asked for.
+    StaleError if they hold fewer than asked for.
     """
     found, rois_info = stage.info("pairs"), stage.info("rois")
     rois, pairs = BoxTable.open(stage.folder / "rois"), PairTable.open(stage.folder / "pairs")
@@ -91,40 +87,38 @@ def export_pairs(stage: Stage, file: Path, *, num_neighbors: int | None = None, 
 
 
 def import_neighbors(stage: Stage, file: Path) -> None:
-    """Take the neighbors of a file of the reference.
-
-    Raises:
-        DataError: the file is damaged or lacks packed images.
-    """
-    neighbors, origin = _Results(stage.index, file).neighbors(), _origin(file)
+    """Take the neighbors of a file of the reference. DataError if it is damaged or lacks packed images."""
+    (_, neighbors, _), origin = _results(stage.index, file), _origin(file)
     with stage.locked():
-        _save_neighbors(stage, neighbors, origin)
+        _save_neighbors(stage, origin, neighbors)
 
 
 def import_proposals(stage: Stage, file: Path) -> None:
     """Take the proposals of a file of the reference, which follows the order of the annotation file. Raises as `import_neighbors`."""
     index, rows = stage.index, _annotated_order(stage.index, stage.annotations)
-    content = read_json(file)
+    content = read_json(file, remedy=_REMEDY)
     lists = content.get("bbox") if isinstance(content, dict) else None
     if not isinstance(lists, list) or len(lists) != len(rows):
         found = f"{len(lists)} images" if isinstance(lists, list) else "no list of boxes"
         raise DataError(f"{file}: holds {found}, the annotation file lists {len(rows)}; name the right one with --annotations FILE")
     boxes = _boxes(index, [lists[place] for place in _places(rows, len(index)).tolist()], file)
-    info = _imported(stage, "proposals", _origin(file), order=hashlib.sha256(rows.tobytes()).hexdigest()[:16])
+    settings = {"order": hashlib.sha256(rows.tobytes()).hexdigest()[:16]}
+    origin, shards = _origin(file), range(index.num_shards)
     with stage.locked():
-        _save(stage, info, lambda folder: list(save_shards(folder, range(index.num_shards), boxes, index=index)))
+        _save(stage, "proposals", origin, settings, lambda folder: list(save_shards(folder, shards, boxes, index=index)))
 
 
 def import_pairs(stage: Stage, file: Path) -> None:
     """Take RoIs, neighbors and corresponding RoIs of a file of the reference. Raises as `import_neighbors`."""
-    index, results, origin = stage.index, _Results(stage.index, file), _origin(file)
-    rois, neighbors = _boxes(index, results.column("bbox"), file), results.neighbors()
+    index, origin = stage.index, _origin(file)
+    info, neighbors, (boxes, pairs_of_images) = _results(index, file, "bbox", "knn_bbox_pair")
+    rois = _boxes(index, boxes, file)
     if not rois.counts.all():
         raise DataError(f"{file}: some image has no boxes; the file is incomplete")
     numbers = [{tuple(box): number for number, box in reversed(list(enumerate(_xywh(rois.of(row)))))} for row in range(len(rois))]
     count = np.zeros(neighbors.shape, np.int32)
     found: list[tuple[int, int]] = []
-    for row, lists in enumerate(results.column("knn_bbox_pair")):
+    for row, lists in enumerate(pairs_of_images):
         try:
             for k, (neighbor, pairs) in enumerate(zip(neighbors[row].tolist(), lists, strict=True)):
                 count[row, k] = len(pairs)
@@ -137,67 +131,55 @@ def import_pairs(stage: Stage, file: Path) -> None:
     query, partner = np.array(found, np.int16).T
     unknown = np.full(len(query), np.nan, np.float32)
     table = PairTable(neighbors=neighbors, first=first, count=count, query_roi=query, partner_roi=partner, similarities=unknown)
-    limits = {ours: results.info[theirs] for theirs, ours in _LIMITS.items() if theirs in results.info}
-    ratio = float(results.info.get("knn_bbox_pair_ratio", MiningConfig().pair_ratio))
+    limits = {ours: info[theirs] for theirs, ours in _LIMITS.items() if theirs in info}
+    ratio = float(info.get("knn_bbox_pair_ratio", MiningConfig().pair_ratio))
 
     def write(folder: Path) -> None:
         table.write_arrays(folder)
         write_pair_shards(folder, index=index, rois=rois, pairs=table)
 
     with stage.locked():
-        rois_info = _imported(stage, "rois", origin, **limits)
-        made_from = (_save_neighbors(stage, neighbors, origin), rois_info)
-        _save(stage, rois_info, rois.write_arrays)
+        made_from = _save_neighbors(stage, origin, neighbors), _save(stage, "rois", origin, limits, rois.write_arrays)
         settings = {"num_neighbors": neighbors.shape[1], "pair_ratio": ratio, "compat": "official"}
-        _save(stage, _imported(stage, "pairs", origin, made_from, **settings), write)
+        _save(stage, "pairs", origin, settings, write, made_from)
 
 
-class _Results:
-    """A file of mined results, its images matched with the packed ones by name.
+def _results(index: ShardIndex, file: Path, *names: str) -> tuple[dict[str, Any], NDArray[np.int64], list[list[Any]]]:
+    """What a file of mined results says of itself, its neighbors [N, K] as rows, and these columns of it, an entry for each packed image.
 
-    Raises:
-        DataError: it is damaged or lacks packed images.
+    Images are matched by name. DataError if it is damaged or lacks packed images.
     """
+    content = read_json(file, remedy=_REMEDY)
+    try:
+        rows = rows_of_names(index, [str(name) for name in content["images"]["file_name"]])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{file}: not a file of mined results of the reference (images.file_name is missing)") from error
+    places = _places(rows, len(index))
+    missing = np.flatnonzero(places < 0)
+    if len(missing):
+        raise DataError(
+            f"{file}: does not list {len(missing)} of {len(index)} packed images, first {index.file_names[int(missing[0])]!r}; "
+            "it was mined from other images"
+        )
 
-    def __init__(self, index: ShardIndex, file: Path) -> None:
-        content = read_json(file)
-        try:
-            names = [str(name) for name in content["images"]["file_name"]]
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{file}: not a file of mined results of the reference (images.file_name is missing)") from error
-        self._index, self._file = index, file
-        self.info: dict[str, Any] = content.get("info", {})
-        self._columns: dict[str, Any] = content.get("pseudo_annotations", {})
-        self._rows = rows_of_names(index, names)
-        self._places = _places(self._rows, len(index))
-        missing = np.flatnonzero(self._places < 0)
-        if len(missing):
-            raise DataError(
-                f"{file}: does not list {len(missing)} of {len(index)} packed images, first {index.file_names[int(missing[0])]!r}; "
-                "it was mined from other images"
-            )
+    def column(name: str) -> list[Any]:
+        entries = content.get("pseudo_annotations", {}).get(name)
+        if not isinstance(entries, list) or len(entries) != len(rows):
+            raise DataError(f"{file}: pseudo_annotations.{name} is missing or has not one entry per image")
+        return [entries[place] for place in places.tolist()]
 
-    def column(self, name: str) -> list[Any]:
-        """The entry of each packed image. Raises DataError."""
-        column = self._columns.get(name)
-        if not isinstance(column, list) or len(column) != len(self._rows):
-            raise DataError(f"{self._file}: pseudo_annotations.{name} is missing or has not one entry per image")
-        return [column[place] for place in self._places.tolist()]
-
-    def neighbors(self) -> NDArray[np.int64]:
-        """[N, K] rows. Raises DataError."""
-        lists = self.column("knn_image_id")
-        try:
-            neighbors = np.array(lists, np.int64).reshape(len(lists), -1)
-            found: NDArray[np.int64] = self._rows[neighbors]
-            if neighbors.size == 0 or neighbors.min() < 0:
-                raise IndexError("no neighbors, or negative ones")
-        except (ValueError, IndexError, TypeError) as error:
-            raise DataError(f"{self._file}: knn_image_id does not hold K positions of images for each image ({error})") from error
-        if found.min() < 0:
-            num = int((found < 0).any(axis=1).sum())
-            raise DataError(f"{self._file}: {num} images have neighbors that are not packed; it was mined from more images")
-        return found
+    columns, lists = [column(name) for name in names], column("knn_image_id")
+    try:
+        neighbors = np.array(lists, np.int64).reshape(len(lists), -1)
+        found: NDArray[np.int64] = rows[neighbors]
+        if neighbors.size == 0 or neighbors.min() < 0:
+            raise IndexError("no neighbors, or negative ones")
+    except (ValueError, IndexError, TypeError) as error:
+        raise DataError(f"{file}: knn_image_id does not hold K positions of images for each image ({error})") from error
+    if found.min() < 0:
+        num = int((found < 0).any(axis=1).sum())
+        raise DataError(f"{file}: {num} images have neighbors that are not packed; it was mined from more images")
+    return content.get("info", {}), found, columns
 
 
 def _places(rows: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:
@@ -212,25 +194,22 @@ def _origin(file: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()[:16]
 
 
-def _imported(stage: Stage, kind: str, origin: str, made_from: Iterable[TableInfo] = (), **settings: Any) -> TableInfo:
-    sources = {"index": stage.index.fingerprint, **{info.kind: info.fingerprint for info in made_from}}
-    return TableInfo(kind=kind, made_from=sources, settings={IMPORTED: origin, **settings})
-
-
-def _save(stage: Stage, info: TableInfo, write: Callable[[Path], object]) -> None:
+def _save(
+    stage: Stage, kind: str, origin: str, settings: Mapping[str, Any], write: Callable[[Path], object], made_from: Iterable[TableInfo] = ()
+) -> TableInfo:
     """Make an imported table the current one of its kind."""
-    path = stage.folder / info.kind
+    sources = {"index": stage.index.fingerprint, **{info.kind: info.fingerprint for info in made_from}}
+    path, info = stage.folder / kind, TableInfo(kind=kind, made_from=sources, settings={IMPORTED: origin, **settings})
     activate(path, info.fingerprint)
     if table_info(path) is None:
         with new_table(path, info) as folder:
             write(folder)
-
-
-def _save_neighbors(stage: Stage, neighbors: NDArray[np.int64], origin: str) -> TableInfo:
-    info = _imported(stage, "neighbors", origin, num_neighbors=neighbors.shape[1])
-    similarities = np.full(neighbors.shape, np.nan, np.float32)  # the file has none
-    _save(stage, info, NeighborTable(neighbors=neighbors, similarities=similarities).write_arrays)
     return info
+
+
+def _save_neighbors(stage: Stage, origin: str, neighbors: NDArray[np.int64]) -> TableInfo:
+    table = NeighborTable(neighbors=neighbors, similarities=np.full(neighbors.shape, np.nan, np.float32))  # the file has no similarities
+    return _save(stage, "neighbors", origin, {"num_neighbors": neighbors.shape[1]}, table.write_arrays)
 
 
 def _annotated_order(index: ShardIndex, annotations: Path | None) -> NDArray[np.int64]:
@@ -240,7 +219,7 @@ def _annotated_order(index: ShardIndex, annotations: Path | None) -> NDArray[np.
     parts: list[NDArray[np.int64]] = []
     for source, file in enumerate(annotation_files(index, annotations)):
         try:
-            names = [image["file_name"] for image in read_json(file)["images"]] if file else []
+            names = [image["file_name"] for image in read_json(file, remedy=_REMEDY)["images"]] if file else []
         except (KeyError, TypeError) as error:
             raise DataError(f"{file}: not a COCO annotation file ({error!r}); name another with --annotations FILE") from error
         listed = rows_of_names(index, names, source=source)

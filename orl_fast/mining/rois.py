@@ -1,7 +1,11 @@
-"""Raw proposals of each image, and the RoIs kept of them (paper, section 3.2, stage 2 ii; appendix B), shard by shard."""
+"""Raw proposals of each image, and the RoIs kept of them (paper, section 3.2, stage 2 ii; appendix B), shard by shard.
 
+In place of proposals: the objects of COCO annotation files (the paper's table of upper bounds).
+"""
+
+import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,17 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.boxes import filter_proposals
+from orl_fast.coco import read_annotations
+from orl_fast.console import log
+from orl_fast.errors import DataError
 from orl_fast.files import write_array
 from orl_fast.mining.executor import Executor
-from orl_fast.mining.parts import join_arrays, open_part, part_path, pieces
+from orl_fast.mining.step import join_arrays, open_part, part_path
 from orl_fast.selective_search import Backend, one_opencv_thread, selective_search
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.shards.images import decode_rgb
 from orl_fast.tables import BoxTable
 
-COUNTS, BOXES = "counts", "boxes"  # the arrays of a shard; counts are written last
+MAX_PX = np.iinfo(np.int16).max  # no box reaches beyond
 _IMAGES_PER_TASK = 8
-_MAX_PX = np.iinfo(np.int16).max  # no box reaches beyond
 
 
 def propose_shards(
@@ -28,18 +34,17 @@ def propose_shards(
 ) -> Iterator[int]:
     """Write the proposals of some shards, images in parallel; yield how many are done.
 
-    Args:
-        seed: of the proposals' order; with the image's row it gives the image's own.
+    `seed` is that of the proposals' order; with the image's row it gives the image's own.
     """
-    tasks = (images for shard in shards for images in pieces(index.shard_rows(shard), _IMAGES_PER_TASK))
+    rows = {shard: index.shard_rows(shard) for shard in shards}
+    tasks = (images[start : start + _IMAGES_PER_TASK] for images in rows.values() for start in range(0, len(images), _IMAGES_PER_TASK))
     found: dict[int, dict[int, NDArray[np.int16]]] = defaultdict(dict)  # boxes by shard and image, until a shard is whole
     for images, boxes in executor.map(partial(_propose, index=index, backend=backend, seed=seed), tasks):
         shard = int(index.shard_ids[images.start])
         found[shard].update(zip(images, boxes, strict=True))
-        rows = index.shard_rows(shard)
-        if len(found[shard]) == len(rows):
+        if len(found[shard]) == len(rows[shard]):
             of_image = found.pop(shard)
-            save_boxes(folder, shard, BoxTable.from_lists([of_image[row] for row in rows]))
+            save_boxes(folder, shard, BoxTable.from_lists([of_image[row] for row in rows[shard]]))
         yield len(images)
 
 
@@ -49,7 +54,7 @@ def _propose(images: range, *, index: ShardIndex, backend: Backend, seed: int) -
     with ShardReader(index) as reader, one_opencv_thread():  # images are the parallel unit
         for image in images:
             pixels = np.asarray(decode_rgb(reader.read(image)))
-            if max(pixels.shape) > _MAX_PX:
+            if max(pixels.shape) > MAX_PX:
                 found.append(np.empty((0, 4), np.int16))  # larger than boxes can hold: the filter takes the whole image
             else:
                 own_seed = int(np.random.SeedSequence((seed, image)).generate_state(1)[0])
@@ -57,54 +62,126 @@ def _propose(images: range, *, index: ShardIndex, backend: Backend, seed: int) -
     return images, found
 
 
-def filter_shards(folder: Path, shards: Sequence[int], *, index: ShardIndex, source: Path, limits: Mapping[str, Any]) -> Iterator[int]:
+def filter_shards(folder: Path, shards: Iterable[int], *, index: ShardIndex, source: Path, limits: Mapping[str, Any]) -> Iterator[int]:
     """Write the RoIs of some shards: what `filter_table` keeps within these limits of the proposals in `source`; yield as above."""
     for shard in shards:
         images = index.shard_rows(shard)
         heights, widths = (sizes[images.start : images.stop] for sizes in (index.heights, index.widths))
-        found = open_boxes(source, shard)
-        save_boxes(folder, shard, filter_table(found, heights=heights, widths=widths, limits=limits))
+        save_boxes(folder, shard, filter_table(open_boxes(source, shard), heights=heights, widths=widths, limits=limits))
         yield len(images)
 
 
 def filter_table(proposals: BoxTable, *, heights: NDArray[np.int32], widths: NDArray[np.int32], limits: Mapping[str, Any]) -> BoxTable:
     """The RoIs of every image of a table, at least one each: `filter_proposals` with these limits.
 
-    Boxes are clipped to their image first; an image without proposals gets one RoI, the whole image.
-
-    Args:
-        heights, widths: [N] int32, pixels.
+    Boxes are clipped to their image first, `heights` and `widths` [N] in pixels; an image without proposals gets one RoI, the whole image.
     """
     kept = []
     for image, (height, width) in enumerate(zip(heights, widths, strict=True)):
-        frame = np.array([width, height, width, height]).clip(max=_MAX_PX).astype(np.int16)
+        frame = np.array([width, height, width, height]).clip(max=MAX_PX).astype(np.int16)
         found = proposals.of(image)
         boxes = np.clip(found, 0, frame) if len(found) else np.array([[0, 0, frame[0], frame[1]]])
         kept.append(boxes[filter_proposals(boxes, **limits)])
     return BoxTable.from_lists(kept)
 
 
-def join_boxes(folder: Path, *, num_shards: int) -> None:
-    """Join the shards' boxes into the arrays of a BoxTable."""
-    join_arrays(folder / "boxes.npy", (open_part(folder, BOXES, shard) for shard in range(num_shards)))
-    counts = (open_part(folder, COUNTS, shard) for shard in range(num_shards))
-    write_array(folder / "offsets.npy", np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts])))
-
-
-def save_boxes(folder: Path, shard: int, table: BoxTable) -> None:
-    """Write the boxes of one shard's images."""
-    write_array(part_path(folder, BOXES, shard), table.boxes)
-    write_array(part_path(folder, COUNTS, shard), table.counts)
-
-
-def save_shards(folder: Path, shards: Sequence[int], table: BoxTable, *, index: ShardIndex) -> Iterator[int]:
+def save_shards(folder: Path, shards: Iterable[int], table: BoxTable, *, index: ShardIndex) -> Iterator[int]:
     """Write the boxes of some shards out of those of all images; yield as above."""
     for shard in shards:
         save_boxes(folder, shard, BoxTable.from_lists([table.of(image) for image in index.shard_rows(shard)]))
         yield len(index.shard_rows(shard))
 
 
+def save_boxes(folder: Path, shard: int, table: BoxTable) -> None:
+    """Write the boxes of one shard's images: counts last, whose file marks the shard as done."""
+    write_array(part_path(folder, "boxes", shard), table.boxes)
+    write_array(part_path(folder, "counts", shard), table.counts)
+
+
 def open_boxes(folder: Path, shard: int) -> BoxTable:
     """The boxes of one shard's images; image 0 is the shard's first."""
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(open_part(folder, COUNTS, shard), dtype=np.int64)])
-    return BoxTable(offsets=offsets, boxes=open_part(folder, BOXES, shard))
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(open_part(folder, "counts", shard), dtype=np.int64)])
+    return BoxTable(offsets=offsets, boxes=open_part(folder, "boxes", shard))
+
+
+def join_boxes(folder: Path, *, num_shards: int) -> None:
+    """Join the shards' boxes into the arrays of a BoxTable."""
+    join_arrays(folder / "boxes.npy", (open_part(folder, "boxes", shard) for shard in range(num_shards)))
+    counts = (open_part(folder, "counts", shard) for shard in range(num_shards))
+    write_array(folder / "offsets.npy", np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts])))
+
+
+def annotation_files(index: ShardIndex, given: Path | None = None) -> list[Path | None]:
+    """The annotation file of each packed source: the given one for all, or what the manifest recorded.
+
+    DataError if a file does not exist, or no source has one.
+    """
+    files = [given or (Path(source.annotations) if source.annotations else None) for source in index.manifest.sources]
+    if not any(files):
+        raise DataError(f"{index.path}: packed without an annotation file; name one with --annotations FILE")
+    for file in files:
+        if file is not None and not file.is_file():
+            raise DataError(f"{file}: there is no such annotation file; name it with --annotations FILE")
+    return files
+
+
+def digest_files(files: Sequence[Path | None]) -> str:
+    """Names the content of annotation files."""
+    digests = (hashlib.sha256(file.read_bytes() if file else b"").digest() for file in files)
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
+def save_objects(folder: Path, shards: Iterable[int], *, index: ShardIndex, files: Sequence[Path | None]) -> Iterator[int]:
+    """Write the objects of some shards in place of proposals, see `object_boxes`; yield as above."""
+    return save_shards(folder, shards, object_boxes(index, files), index=index)
+
+
+def object_boxes(index: ShardIndex, files: Sequence[Path | None]) -> BoxTable:
+    """The objects of each image in `files` (see `annotation_files`), in the file's order, or none. Crowds are left out.
+
+    Images are found by their file names. DataError if a file is damaged, none of its boxes can be used, or it lists none of the images.
+    """
+    boxes: list[NDArray[np.int16]] = [np.empty((0, 4), np.int16)] * len(index)
+    num_resized = 0
+    for source, file in enumerate(files):
+        if file is None:
+            continue
+        found = read_annotations(file)
+        rows = rows_of_names(index, found.file_names, source=source)
+        if not (rows >= 0).any():
+            raise DataError(f"{file}: lists none of the packed images; name another with --annotations FILE")
+        for image, (row, annotated) in enumerate(zip(rows.tolist(), found.sizes_px.tolist(), strict=True)):
+            objects = found.boxes_of(image)
+            if row < 0 or not len(objects):
+                continue
+            size_px = [int(index.widths[row]), int(index.heights[row])]
+            if annotated in (size_px, [0, 0]):  # 0: the file has no sizes
+                boxes[row] = _pixels(objects, *size_px)
+            else:
+                num_resized += 1
+    if num_resized:
+        log.warning("objects: %d images have another size than annotated (rotated when packed?); each is taken as a whole", num_resized)
+    return BoxTable.from_lists(boxes)
+
+
+def rows_of_names(index: ShardIndex, file_names: Sequence[str], *, source: int | None = None) -> NDArray[np.int64]:
+    """The row of each named image, of those of one packed `source` if it is given; -1 if it is not packed.
+
+    An image is found by its file name or, where that is unknown, by the last part of it.
+    """
+    rows = np.arange(len(index)) if source is None else np.flatnonzero(index.sources == source)
+    whole: dict[str, int] = {}
+    tails: dict[str, int] = {}
+    for row in rows.tolist():
+        name = index.file_names[row]
+        tail = name.rpartition("/")[2]
+        whole[name] = row if name not in whole else -1  # ambiguous names match nothing
+        tails[tail] = row if tail not in tails else -1
+    return np.array([whole.get(name, tails.get(name.rpartition("/")[2], -1)) for name in file_names], np.int64)
+
+
+def _pixels(boxes: NDArray[np.float64], width: int, height: int) -> NDArray[np.int16]:
+    """The whole pixels that boxes [m, 4] xyxy touch, within the image; boxes without area are left out."""
+    outer = np.concatenate([np.floor(boxes[:, :2]), np.ceil(boxes[:, 2:])], axis=1)
+    corners: NDArray[np.int16] = np.clip(outer, 0, np.minimum([width, height] * 2, 32767)).astype(np.int16)
+    return np.asarray(corners[(corners[:, 2:] > corners[:, :2]).all(axis=1)])

@@ -1,4 +1,4 @@
-"""Where partner patches are read from: each RoI that some pair uses, stored once as a small JPEG (written by `orl_fast.mining.patches`)."""
+"""Where partner patches are read from: each RoI that some pair uses, stored once as a small JPEG (written by `orl_fast.mining.pairs`)."""
 
 import mmap
 import os

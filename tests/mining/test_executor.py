@@ -13,7 +13,7 @@ import torch
 from mining_world import ALL, World, files_of, mine
 
 from orl_fast.errors import DataError
-from orl_fast.mining.executor import EXECUTORS, Executor, Processes
+from orl_fast.mining.executor import EXECUTORS, Executor
 
 
 class Elsewhere(Executor):
@@ -29,7 +29,7 @@ class Elsewhere(Executor):
             yield from worker(some, torch.device("cpu"), 1)
 
 
-@pytest.mark.parametrize("executor", [Elsewhere(), Processes(num_workers=2)])
+@pytest.mark.parametrize("executor", [Elsewhere(), Executor(num_workers=2)])
 def test_every_executor_makes_the_same_tables(executor: Executor, world: World, mined: Path, tmp_path: Path):
     mine(world, tmp_path, ALL, executor=executor)
     assert files_of(tmp_path) == files_of(mined)

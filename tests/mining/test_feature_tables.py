@@ -15,7 +15,7 @@ from orl_fast import encode, files
 from orl_fast.checkpoint import read_checkpoint, write_checkpoint
 from orl_fast.config import LoaderConfig
 from orl_fast.errors import DataError
-from orl_fast.mining.executor import Processes
+from orl_fast.mining.executor import Executor
 from orl_fast.models import load_encoder
 from orl_fast.provenance import table_info
 from orl_fast.shards import ShardIndex, ShardReader
@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_are_refused(world: World, tmp_path: Path):
         mine(world, tmp_path / "mined", checkpoint=checkpoint)
 
 
-class FirstOfEight(Processes):
+class FirstOfEight(Executor):
     """One of eight processes, the others of which have nothing to do yet."""
 
     num_shares = 8

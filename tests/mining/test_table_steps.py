@@ -11,7 +11,7 @@ import pytest
 from mining_world import ALL, World, files_of, mine, with_mining
 
 from orl_fast.errors import DataError
-from orl_fast.mining.executor import Processes
+from orl_fast.mining.executor import Executor
 from orl_fast.provenance import UNFINISHED, find_table, table_info
 
 SMALL = with_mining(min_side_px=20)
@@ -61,7 +61,7 @@ def test_a_table_aside_that_holds_more_serves(world: World, copy: Path):
     assert table_info(copy / "pairs") == more
 
 
-class Failing(Processes):
+class Failing(Executor):
     """Fails after some tasks."""
 
     def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
@@ -89,7 +89,7 @@ def test_unfinished_work_moves_aside_and_is_resumed(world: World, mined: Path, c
 
 
 def test_work_that_was_not_begun_leaves_nothing_aside(world: World, copy: Path):
-    class Unable(Processes):
+    class Unable(Executor):
         def map(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
             raise DataError("stopped")
 

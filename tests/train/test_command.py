@@ -12,12 +12,11 @@ from orl_fast.checkpoint import read_checkpoint, read_header
 from orl_fast.cli.main import cli
 from orl_fast.console import log
 from orl_fast.errors import OrlFastError, StaleError
-from orl_fast.mining.executor import Processes
-from orl_fast.mining.patches import join_patches, pack_shards
+from orl_fast.mining.executor import Executor
+from orl_fast.mining.pairs import join_patches, pack_patches
 from orl_fast.provenance import TableInfo, activate, new_table, table_info
 from orl_fast.recipe import load_config
 from orl_fast.shards import ShardIndex
-from orl_fast.tables import BoxTable, PairTable
 from orl_fast.train.run import choose_run
 from orl_fast.views.patches import PATCH_SIDE_PX
 from tests.synthetic import SMALL
@@ -44,10 +43,9 @@ def _mine(home: Path) -> Path:
 def _pack_patches(home: Path) -> None:
     """As orl-fast mine patches does."""
     index, mined = ShardIndex.open(home / "shards" / "twelve"), home / "shards" / "twelve" / "mined"
-    rois, pairs = BoxTable.open(mined / "rois"), PairTable.open(mined / "pairs")
     made_from = {"index": index.fingerprint, **{kind: table_info(mined / kind).fingerprint for kind in ("rois", "pairs")}}  # type: ignore[union-attr]
     with new_table(mined / "patches", TableInfo(kind="patches", made_from=made_from, settings={"side_px": PATCH_SIDE_PX})) as folder:
-        list(pack_shards(folder, range(index.num_shards), index=index, rois=rois, pairs=pairs, executor=Processes()))
+        list(pack_patches(folder, range(index.num_shards), index=index, executor=Executor()))
         join_patches(folder, num_shards=index.num_shards)
 
 
