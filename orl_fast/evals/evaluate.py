@@ -25,8 +25,7 @@ def evaluate(
     """Run an evaluation, one of `EVALS`, and append its record to evals.jsonl next to the checkpoint.
 
     Args:
-        checkpoint: a file, or the run folder that holds it. data, options: see the evaluation's module.
-        random_init: also evaluate the same network untrained.
+        checkpoint: a file, or the run folder that holds it. random_init: also evaluate the same network untrained.
     Returns:
         For each backbone: "time", "eval", "backbone" (the checkpoint, or "random initialization"), "encoder" (its fingerprint),
         "checkpoint", "method" and "step" (null without training), "data", "options", "values".

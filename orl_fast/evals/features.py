@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,44 +27,29 @@ from orl_fast.views.plan import ViewPlan, center_crops, roi_crops
 BOX_PADDING = 0.1  # of a box's sides, added on each: edges are part of an object's look
 _IMAGES_PER_BLOCK = 64
 _CROPS_PER_BATCH = 256
-_CPU = torch.device("cpu")
+_CPU = Context(device=torch.device("cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Features of labelled objects.
+    """Features of labelled objects."""
 
-    Attributes:
-        values: [M, D] float32. labels: [M] int64. images: [M] int64, equal for objects of one image.
-        num_skipped_images, num_skipped_objects: what is not among them since it could not be used.
-    """
-
-    values: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    images: NDArray[np.int64]
-    num_skipped_images: int = 0
+    values: NDArray[np.float32]  # [M, D]
+    labels: NDArray[np.int64]  # [M]
+    images: NDArray[np.int64]  # [M] equal for objects of one image
+    num_skipped_images: int = 0  # what is not among them since it could not be used
     num_skipped_objects: int = 0
 
 
 def encode_labelled(encoder: Encoder, data: Path, options: LabelledOptions, context: Context) -> tuple[Features, Features]:
     """Features to learn from, and to test on."""
-
-    def features(objects: Objects) -> Features:
-        device, threads, size_px = context.device, context.num_threads, options.size_px
-        return encode_objects(encoder, objects, size_px=size_px, renderer=options.renderer, device=device, num_threads=threads)
-
-    train, test = labelled_data(data, options, context)
-    return features(train), features(test)
+    chosen: dict[str, Any] = {"size_px": options.size_px, "renderer": options.renderer, "context": context}
+    train, test = (encode_objects(encoder, objects, **chosen) for objects in labelled_data(data, options, context))
+    return train, test
 
 
 def encode_objects(
-    encoder: Encoder,
-    objects: Objects,
-    *,
-    size_px: int | None = None,
-    renderer: str = "cpu",
-    device: torch.device = _CPU,
-    num_threads: int = 1,
+    encoder: Encoder, objects: Objects, *, size_px: int | None = None, renderer: str = "cpu", context: Context = _CPU
 ) -> Features:
     """Globally average-pooled backbone features of each object, without augmentation.
 
@@ -71,24 +57,27 @@ def encode_objects(
     Boxes of images that EXIF rotates are rotated with them. Images that cannot be decoded, or have another size than annotated, and boxes
     outside of their images are skipped, counted and logged.
 
-    Args:
-        size_px: side of the views; by default the size of stage 2's image crops (for images) or RoIs (for boxes).
-        renderer: see `open_renderer`. num_threads: for reading and rendering.
-    Raises:
-        ConfigError: the backbone takes no views of that size.
+    `size_px` is the side of the views; by default the size of stage 2's image crops (for images) or RoIs (for boxes). `renderer`: see
+    `open_renderer`. ConfigError if the backbone takes no views of that size.
     """
     size_px = size_px or (encoder.mining.crop_px if objects.boxes is None else encoder.mining.roi_size_px)
     encoder.backbone.require_size(size_px, setting="side of the views (--size)")
-    source = _Files(objects, num_threads)
-    drawn = open_renderer(renderer, source, LoaderConfig(), device=device, num_threads=num_threads)
-    try:
-        with progress("encoding", total=len(objects.paths), unit="images") as advance:
-            plans = ((None, _plan(encoder, source, members, size_px=size_px)) for members in source.blocks(advance))
-            encoded = encode(encoder.to(device).pooled, drawn, plans, batch_size=_CROPS_PER_BATCH, device=device, skip=source.skip)
-            values = [np.empty((0, encoder.num_features), np.float32), *(batch for _, batch in encoded)]
-    finally:
-        drawn.close()
-        source.close()
+    device, num_threads, resize_px = context.device, context.num_threads, round(size_px * encoder.mining.resize_px / encoder.mining.crop_px)
+
+    def plan(members: NDArray[np.int64]) -> ViewPlan:
+        rows, (widths, heights) = objects.images[members], source.sizes_px.T
+        if source.boxes is None:
+            return center_crops(rows, heights=heights, widths=widths, resize_px=resize_px, crop_px=size_px)
+        return roi_crops(rows, pad_boxes(source.boxes[members], sizes_px=source.sizes_px[rows]), size_px=size_px)
+
+    with (
+        closing(_Files(objects, num_threads)) as source,
+        closing(open_renderer(renderer, source, LoaderConfig(), device=device, num_threads=num_threads)) as drawn,
+        progress("encoding", total=len(objects.paths), unit="images") as advance,
+    ):
+        plans = ((None, plan(members)) for members in source.blocks(advance))
+        encoded = encode(encoder.to(device).pooled, drawn, plans, batch_size=_CROPS_PER_BATCH, device=device, skip=source.skip)
+        values = [np.empty((0, encoder.num_features), np.float32), *(batch for _, batch in encoded)]
     kept = source.usable & ~source.skipped[objects.images]
     return Features(
         values=np.concatenate(values),
@@ -107,17 +96,14 @@ def pad_boxes(boxes: NDArray[np.float32], *, sizes_px: NDArray[np.int32], share:
 
 
 class _Files:
-    """The images of labelled objects as a renderer's source; those of the present block are held.
-
-    Attributes:
-        boxes: those of the objects, in upright images as far as they have been read. sizes_px: [N, 2] width and height of these.
-        skipped: [N] images that cannot be used. usable: [M] False for objects outside of their image.
-    """
+    """The images of labelled objects as a renderer's source; those of the present block are held."""
 
     def __init__(self, objects: Objects, num_threads: int) -> None:
-        self.objects, self.boxes = objects, None if objects.boxes is None else objects.boxes.copy()
-        self.sizes_px = np.zeros((len(objects.paths), 2), np.int32)
-        self.skipped, self.usable = np.zeros(len(objects.paths), np.bool_), np.ones(len(objects), np.bool_)
+        self.objects = objects
+        self.boxes = None if objects.boxes is None else objects.boxes.copy()  # in upright images as far as they have been read
+        self.sizes_px = np.zeros((len(objects.paths), 2), np.int32)  # width and height of these
+        self.skipped = np.zeros(len(objects.paths), np.bool_)  # images that cannot be used
+        self.usable = np.ones(len(objects), np.bool_)  # False for objects outside of their image
         self._jpegs: dict[int, NDArray[np.uint8]] = {}
         self._pool = ThreadPoolExecutor(num_threads)
 
@@ -191,12 +177,3 @@ def _read(path: Path) -> PackedImage | str:
         return packed_image(path.read_bytes())
     except (BadImage, OSError) as error:
         return str(error)
-
-
-def _plan(encoder: Encoder, source: _Files, members: NDArray[np.int64], *, size_px: int) -> ViewPlan:
-    mining, rows = encoder.mining, source.objects.images[members]
-    if source.boxes is None:
-        resize_px = round(size_px * mining.resize_px / mining.crop_px)
-        return center_crops(rows, heights=source.sizes_px[:, 1], widths=source.sizes_px[:, 0], resize_px=resize_px, crop_px=size_px)
-    boxes = pad_boxes(source.boxes[members], sizes_px=source.sizes_px[rows])
-    return roi_crops(rows, boxes, size_px=size_px)

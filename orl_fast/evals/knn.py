@@ -17,20 +17,16 @@ _TEST_BLOCK = 1024
 
 
 class Options(LabelledOptions):
-    __doc__ = LabelledOptions.__doc__
-
     num_neighbors: int = Field(default=20, ge=1, description="How many vote.")
     temperature: float = Field(default=0.07, gt=0, description="Of the votes.")
 
 
 def run(encoder: Encoder, data: Path, options: Options, context: Context) -> dict[str, float]:
-    """Encode the labelled objects and let neighbors vote (see `knn`)."""
     train, test = encode_labelled(encoder, data, options, context)
     return knn(train, test, num_neighbors=options.num_neighbors, temperature=options.temperature)
 
 
 def summary(values: dict[str, float]) -> str:
-    """A line below the table."""
     return (
         f"{counts(values)}; k = {values['num_neighbors']:g}, temperature {values['temperature']:g}. Chance: always the most frequent class."
     )
@@ -39,13 +35,9 @@ def summary(values: dict[str, float]) -> str:
 def knn(train: Features, test: Features, *, num_neighbors: int = 20, temperature: float = 0.07) -> dict[str, float]:
     """Classify each test object by its most similar training objects, each voting exp(cosine / temperature).
 
-    The protocol of Wu et al., "Unsupervised feature learning via non-parametric instance discrimination" (CVPR 2018), with the
-    k = 20 that later work reports.
-
-    Returns:
-        "top1", "mean_class_accuracy", "chance", "num_neighbors", "temperature" and the counts (see `linear_probe`).
-    Raises:
-        DataError: fewer than two classes to learn, or nothing to test.
+    The protocol of Wu et al., "Unsupervised feature learning via non-parametric instance discrimination" (CVPR 2018), with the k = 20 that
+    later work reports. Returns "top1", "mean_class_accuracy", "chance", "num_neighbors", "temperature" and the counts, and raises, as
+    `linear_probe` does.
     """
     check_parts(train, test)
     train_x, test_x = (torch.nn.functional.normalize(torch.from_numpy(part.values), dim=1) for part in (train, test))

@@ -37,26 +37,16 @@ class LabelledOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
-    """Objects with a class: whole images, or boxes within them.
+    """Objects with a class: whole images, or boxes within them."""
 
-    Attributes:
-        paths: the images.
-        images: [M] int64 ascending, object m is in paths[images[m]].
-        labels: [M] int64, positions in `classes`.
-        classes: names.
-        boxes: [M, 4] float32 xyxy, pixels of the annotated image; None where an object is its whole image.
-        sizes_px: [N, 2] int64, width and height of the annotated images, 0 where unknown; with boxes only.
-        num_skipped_images, num_skipped_objects: annotated images that are not there, and annotations that cannot be used.
-    """
-
-    paths: tuple[Path, ...]
-    images: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
-    boxes: NDArray[np.float32] | None = None
-    sizes_px: NDArray[np.int64] | None = None
-    num_skipped_images: int = 0
-    num_skipped_objects: int = 0
+    paths: tuple[Path, ...]  # the images
+    images: NDArray[np.int64]  # [M] ascending, object m is in paths[images[m]]
+    labels: NDArray[np.int64]  # [M] positions in `classes`
+    classes: tuple[str, ...]  # names
+    boxes: NDArray[np.float32] | None = None  # [M, 4] xyxy, pixels of the annotated image; None where an object is its whole image
+    sizes_px: NDArray[np.int64] | None = None  # [N, 2] width and height of the annotated images, 0 where unknown; with boxes only
+    num_skipped_images: int = 0  # annotated images that are not there
+    num_skipped_objects: int = 0  # annotations that cannot be used
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,8 +68,7 @@ class Objects:
 def labelled_data(data: Path, options: LabelledOptions, context: Context) -> tuple[Objects, Objects]:
     """What to learn from and what to test on, with the same classes and no image in both; read once for all backbones of a context.
 
-    Raises:
-        DataError: see `open_labelled`, `with_test` and `split_by_image`.
+    DataError as `open_labelled`, `with_test` and `split_by_image` raise it.
     """
     test = options.test
     own_tests = [data / name for name in _TEST_SPLITS if (data / name).is_dir()]
@@ -93,15 +82,13 @@ def labelled_data(data: Path, options: LabelledOptions, context: Context) -> tup
 
 
 def open_labelled(path: Path, *, images: Path | None = None) -> Objects:
-    """Open a folder of class folders, a COCO root or split, or a COCO-style annotation file.
+    """Open a folder of class folders, a COCO root or split, or a COCO-style annotation file. DataError if it is none or holds no object.
 
     Args:
         path: a folder with one subfolder per class (images at any depth below); or a folder with `annotations/` (its only
             instances_*.json is taken); or a split's folder next to that; or such a .json file.
         images: the folder of an annotation file's images; by default the split's folder of COCO's layout, an `images` folder next to the
             file, or the file's own folder.
-    Raises:
-        DataError: it is none of these, is damaged, or holds no labelled object.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; give a folder with one subfolder per class, or a COCO-style annotation file")
@@ -122,8 +109,7 @@ def open_labelled(path: Path, *, images: Path | None = None) -> Objects:
 def split_by_image(objects: Objects, *, held_out: float, seed: int) -> tuple[Objects, Objects]:
     """Hold out a share of the images for testing, the same share of each class as far as possible (by each image's first object).
 
-    Raises:
-        DataError: too few images to have both parts.
+    DataError if there are too few images to have both parts.
     """
     label_of_image = objects.labels[np.searchsorted(objects.images, np.arange(len(objects.paths)))]
     rng = np.random.default_rng(seed)
@@ -140,11 +126,7 @@ def split_by_image(objects: Objects, *, held_out: float, seed: int) -> tuple[Obj
 
 
 def with_test(train: Objects, test: Objects) -> tuple[Objects, Objects]:
-    """Separate test data, its classes matched by name.
-
-    Raises:
-        DataError: it has a class that the training data lack, or an image of theirs.
-    """
+    """Separate test data, its classes matched by name. DataError if it has a class that the training data lack, or an image of theirs."""
     unknown = sorted({test.classes[label] for label in test.labels.tolist()} - set(train.classes))
     if unknown:
         names = ", ".join(unknown[:5])

@@ -21,19 +21,15 @@ _MAX_STEPS = 300
 
 
 class Options(LabelledOptions):
-    __doc__ = LabelledOptions.__doc__
-
     cost: float | None = Field(default=None, gt=0, description="scikit-learn's C [default: chosen by validation].")
 
 
 def run(encoder: Encoder, data: Path, options: Options, context: Context) -> dict[str, float]:
-    """Encode the labelled objects and fit (see `linear_probe`)."""
     train, test = encode_labelled(encoder, data, options, context)
     return linear_probe(train, test, cost=options.cost, seed=options.seed)
 
 
 def summary(values: dict[str, float]) -> str:
-    """A line below the table."""
     return f"{counts(values)}; C = {values['cost']:g}. Chance: always the most frequent class."
 
 
@@ -47,7 +43,6 @@ def linear_probe(train: Features, test: Features, *, cost: float | None = None, 
     """Fit a logistic regression to standardized training features, score it on the test features.
 
     Args:
-        train, test: frozen features of labelled objects.
         cost: inverse strength of the L2 penalty (scikit-learn's C); None: the one of `COSTS` that does best on a fifth of the training
             images, held out for this choice; then all training objects are fitted.
         seed: of that choice.
@@ -61,7 +56,8 @@ def linear_probe(train: Features, test: Features, *, cost: float | None = None, 
     center, scale = train.values.mean(0), train.values.std(0) + 1e-6
     train_x, test_x = (train.values - center) / scale, (test.values - center) / scale
     if cost is None:
-        held_out = _held_out(train, seed=seed)
+        images = np.random.default_rng(seed).permutation(np.unique(train.images))
+        held_out = np.isin(train.images, images[: round(_VALIDATION_SHARE * len(images))])  # [M] objects of a fifth of the images
         cost = COSTS[0]
         if len(np.unique(train.labels[~held_out])) >= 2 and held_out.any():
             fits = {c: _fit(train_x[~held_out], train.labels[~held_out], train_x[held_out], cost=c) for c in COSTS}
@@ -92,12 +88,6 @@ def check_parts(train: Features, test: Features) -> None:
             f"{len(np.unique(train.labels))} classes to learn and {len(test.labels)} objects to test are left after "
             f"{train.num_skipped_images + test.num_skipped_images} images were skipped; at least 2 and 1 are needed"
         )
-
-
-def _held_out(train: Features, *, seed: int) -> NDArray[np.bool_]:
-    """[M] True for the objects of a fifth of the images."""
-    images = np.random.default_rng(seed).permutation(np.unique(train.images))
-    return np.isin(train.images, images[: round(_VALIDATION_SHARE * len(images))])
 
 
 def _fit(train_x: NDArray[np.float32], labels: NDArray[np.int64], test_x: NDArray[np.float32], *, cost: float) -> NDArray[np.int64]:
