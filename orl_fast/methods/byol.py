@@ -39,14 +39,11 @@ class BYOL(Method):
         return follow(self.target, self.online, step, num_steps, base=self.config.optim.ema_momentum)
 
 
-def two_views(config: Config) -> tuple[ViewSpec, ViewSpec]:
+def two_views(config: Config) -> tuple[ViewSpec, ...]:
     """Two random resized crops of the image (paper, appendix A)."""
-    views, source = config.views, RandomCrop(area=config.views.crop_area, aspect=config.views.crop_aspect)
-    first, second = Augmentation.pair(views)
-    return (
-        ViewSpec(name="view1", size_px=views.image_size_px, source=source, augmentation=first, stream=1),
-        ViewSpec(name="view2", size_px=views.image_size_px, source=source, augmentation=second, stream=2),
-    )
+    size_px, source = config.views.image_size_px, RandomCrop(area=config.views.crop_area, aspect=config.views.crop_aspect)
+    augmentations = enumerate(Augmentation.pair(config.views), start=1)
+    return tuple(ViewSpec(name=f"view{i}", size_px=size_px, source=source, augmentation=each, stream=i) for i, each in augmentations)
 
 
 def predictor(config: Config) -> Mlp:
@@ -64,8 +61,7 @@ def follow(target: Network, online: Network, step: int, num_steps: int, *, base:
 def symmetric_loss(head: nn.Module, online: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """Each view's prediction against the other's target, both directions summed (BYOL, equation 2): from 0 to 8.
 
-    Args:
-        online, target: projections of two views, [B, D] each.
+    `online` and `target` are projections of two views, [B, D] each.
     """
     return byol_loss(head(online[0]), target[1]) + byol_loss(head(online[1]), target[0])
 

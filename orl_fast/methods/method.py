@@ -18,15 +18,11 @@ class Method(nn.Module, ABC):
 
     All random initialization belongs in `__init__`; the seed is set before it. Tensors that a resumed run needs are parameters or buffers.
 
-    Attributes:
-        Settings: its own section of a recipe, read with `config.section(Settings)`; empty where it has no settings.
-        recipe: the shipped recipe that a run without --recipe uses.
-        online: what it trains; its backbone and projector go to mining, evaluations and export.
     """
 
-    Settings: ClassVar[type[Section]] = Section
-    recipe: ClassVar[str] = "coco-r50"
-    online: Network
+    Settings: ClassVar[type[Section]] = Section  # its own section of a recipe, read with `config.section(Settings)`; empty without settings
+    recipe: ClassVar[str] = "coco-r50"  # the shipped recipe that a run without --recipe uses
+    online: Network  # what it trains; its backbone and projector go to mining, evaluations and export
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -41,8 +37,7 @@ class Method(nn.Module, ABC):
     def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scalars by name: "loss", to be minimized, and what else the log should show, detached.
 
-        Args:
-            views: [B, 3, S, S] uint8 by name, on the device (see `normalized`).
+        `views` are [B, 3, S, S] uint8 by name, on the device (see `normalized`).
         """
 
     def forward(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -54,21 +54,15 @@ class ORL(Method):
 
     @staticmethod
     def views(config: Config) -> tuple[ViewSpec, ...]:
-        first, second = Augmentation.pair(config.views)
-
-        def patches(level: str, sources: tuple[Source, Source], stream: int) -> tuple[ViewSpec, ...]:
-            each = zip(_VIEWS[level], sources, (first, second), strict=True)
-            return tuple(
-                ViewSpec(name=name, size_px=config.views.patch_size_px, source=source, augmentation=augmentation, stream=stream + i)
-                for i, (name, source, augmentation) in enumerate(each)
-            )
-
-        levels = {
-            "image": two_views(config),
-            "intra": patches("intra", (OwnRoi(), JitteredRoi.of(config.views, config.variant)), stream=3),
-            "inter": patches("inter", (PairQuery(), PairPartner()), stream=5),
-        }
-        return tuple(spec for level in config.section(OrlConfig).weights for spec in levels[level])
+        size_px, augmentations = config.views.patch_size_px, 2 * Augmentation.pair(config.views)
+        sources: tuple[Source, ...] = (OwnRoi(), JitteredRoi.of(config.views, config.variant), PairQuery(), PairPartner())
+        each = zip(_VIEWS["intra"] + _VIEWS["inter"], sources, augmentations, range(3, 7), strict=True)
+        patches = (
+            ViewSpec(name=name, size_px=size_px, source=source, augmentation=augmentation, stream=stream)
+            for name, source, augmentation, stream in each
+        )
+        specs = {spec.name: spec for spec in (*two_views(config), *patches)}
+        return tuple(specs[name] for level in config.section(OrlConfig).weights for name in _VIEWS[level])
 
     def loss(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         images = {level: [normalized(views[name]) for name in _VIEWS[level]] for level in self.weights}

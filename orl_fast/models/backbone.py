@@ -31,11 +31,7 @@ class Backbone(nn.Sequential):
     num_features: int
 
     def require_size(self, size_px: int, *, setting: str) -> None:
-        """Refuse square images that are too small for the model, or that a transformer cannot cut into its patches.
-
-        Raises:
-            ConfigError: names the size by the `setting` that it comes from.
-        """
+        """Refuse square images that are too small for the model or no multiple of its patches: a ConfigError that names the `setting`."""
         try:
             _feature_map(self, size_px)
         except _NO_MAP as error:

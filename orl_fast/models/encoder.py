@@ -16,23 +16,15 @@ from orl_fast.models.network import Network
 
 
 class Encoder(nn.Module):
-    """A backbone with its projector, in eval mode and without gradients.
-
-    Attributes:
-        mining: the sizes that images and RoIs are encoded at, as configured for the run.
-        fingerprint: digest of the weights; tables made with the encoder carry it.
-    """
+    """A backbone with its projector, in eval mode and without gradients."""
 
     def __init__(self, network: Network, *, mining: MiningConfig) -> None:
         super().__init__()
-        self.backbone, self.projector, self.mining = network.backbone, network.projector, mining
-        self.fingerprint = weights_digest(network)
+        self.backbone, self.projector = network.backbone, network.projector
+        self.mining = mining  # the sizes that images and RoIs are encoded at, as configured for the run
+        self.num_features = network.backbone.num_features  # channels of the feature map
+        self.fingerprint = weights_digest(network)  # tables made with the encoder carry it
         self.requires_grad_(False).eval()
-
-    @property
-    def num_features(self) -> int:
-        """Channels of the feature map."""
-        return self.backbone.num_features
 
     def pooled(self, images: Tensor) -> Tensor:
         """Normalized float images [B, 3, H, W] → globally average-pooled features [B, C]."""
@@ -51,12 +43,9 @@ class Encoder(nn.Module):
 
 
 def load_encoder(path: Path) -> Encoder:
-    """The encoder of a checkpoint, on the CPU.
+    """The encoder of a checkpoint, checkpoint.pt or the run folder that holds it, on the CPU.
 
-    Args:
-        path: checkpoint.pt, or the run folder that holds it.
-    Raises:
-        MissingStageError: there is no checkpoint. DataError: it is damaged, of another format, or its weights are not finite.
+    MissingStageError if there is no checkpoint; DataError if it is damaged, of another format, or its weights are not finite.
     """
     path = checkpoint_path(path)
     values = read_checkpoint(path)
@@ -64,7 +53,8 @@ def load_encoder(path: Path) -> Encoder:
         mining = MiningConfig(**values["config"]["mining"])
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away; the caller's generator must not move
             network = Network.from_description(values["encoder"])
-        network.load_state_dict(_entries(values["model"], values["encoder"]["prefix"]))
+        prefix = values["encoder"]["prefix"]
+        network.load_state_dict({key.removeprefix(prefix): value for key, value in values["model"].items() if key.startswith(prefix)})
     except (ConfigError, RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
         version = values["versions"]
         raise DataError(f"{path}: does not fit this version of orl-fast ({error}); train again, or use the version {version}") from error
@@ -91,10 +81,6 @@ def _leaves(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         return [leaf for entry in value.values() for leaf in _leaves(entry)]
     return [leaf for entry in value for leaf in _leaves(entry)] if isinstance(value, list | tuple) else [value]
-
-
-def _entries(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -12,12 +12,10 @@ from orl_fast.models.backbone import init_kaiming
 class Mlp(nn.Sequential):
     """[B, widths[0]] → [B, widths[-1]]: Linear → BN → ReLU → … → Linear (BYOL's and ORL's heads: three widths; ORL, appendix A).
 
-    Attributes:
-        settings: the arguments that build it again.
+    `last_bias` and `last_norm`: whether the last layer has a bias, and a batch norm after it. `settings` builds the same again.
     """
 
     def __init__(self, widths: Sequence[int], *, last_bias: bool = False, last_norm: bool = False) -> None:
-        """Args: last_bias, last_norm: whether the last layer has a bias, and a batch norm after it."""
         layers: list[nn.Module] = []
         for i, (width, following) in enumerate(pairwise(widths)):
             last = i == len(widths) - 2

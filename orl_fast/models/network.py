@@ -13,10 +13,12 @@ from orl_fast.models.heads import Mlp, pool
 
 
 class Network(nn.Module):
-    """Backbone, global average pool and projector: images [B, 3, H, W], normalized floats → projections [B, D]."""
+    """Backbone, global average pool and projector: images [B, 3, H, W], normalized floats → projections [B, D].
+
+    `backbone`: see `build_backbone`; `widths`, `last_bias` and `last_norm`: of the projector behind the pooled features, see `Mlp`.
+    """
 
     def __init__(self, backbone: str, widths: Sequence[int], *, last_bias: bool = False, last_norm: bool = False) -> None:
-        """Args: backbone: see `build_backbone`. widths, last_bias, last_norm: of the projector behind the pooled features, see `Mlp`."""
         super().__init__()
         self.name = backbone
         self.backbone = build_backbone(backbone)
@@ -40,8 +42,7 @@ class Network(nn.Module):
 def project(network: Network, views: Sequence[Tensor], *, joined: bool = False) -> list[Tensor]:
     """Projections [B, D] of views of one size, [B, 3, S, S] each, normalized floats.
 
-    Args:
-        joined: all views concatenated in one forward pass, so with common batch statistics. Faster, but not what the papers do.
+    `joined`: all views concatenated in one forward pass, so with common batch statistics. Faster, but not what the papers do.
     """
     if joined and views:
         return list(network(torch.cat(list(views))).chunk(len(views)))
