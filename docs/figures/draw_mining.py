@@ -14,7 +14,7 @@ from orl_fast.demo.scenes import write_scenes
 from orl_fast.mining.pipeline import STEPS, Stage
 from orl_fast.mining.rois import open_boxes
 from orl_fast.recipe import load_config
-from orl_fast.report.pictures import COLORS, Cell, Grid, draw_grid, pair_grid, save_picture
+from orl_fast.report import COLORS, Cell, Grid, draw_grid, pair_grid, save_picture
 from orl_fast.shards import ShardIndex, ShardReader, write_shards
 from orl_fast.tables import BoxTable, PairTable
 

@@ -81,14 +81,14 @@ def views(
     from orl_fast.report import draw_grid, render_views, save_picture, view_grid
     from orl_fast.shards import ShardIndex
     from orl_fast.train.run import choose_run
+    from orl_fast.views.draw import draw_plan
 
     index = ShardIndex.open(default_shards(shards))
     run = choose_run(index, method=method, recipe=recipe, mined=mined, announce=log.debug)
     specs, rows = METHODS[run.method].views(run.config), np.array(_choose(index, images, num_images=num_images, seed=seed), np.int64)
     with process_group() as ranks:
-        plan, batch = render_views(
-            index, rows, specs, seed=seed, epoch=epoch, mined=run.mined, loader=run.config.loader, kind=renderer, device=ranks.device
-        )
+        plan = draw_plan(rows, specs, seed=seed, epoch=epoch, heights=index.heights, widths=index.widths, mined=run.mined)
+        batch = render_views(index, plan, mined=run.mined, loader=run.config.loader, kind=renderer, device=ranks.device)
     title = f"Views of {run.method.upper()}: epoch {epoch}, seed {seed}, {renderer} renderer"
     patches = run.mined.patches if run.mined else None
     save_picture(draw_grid(view_grid(index, plan, batch, specs=specs, title=title, patches=patches)), out)

@@ -13,12 +13,11 @@ from PIL import Image, ImageColor
 from orl_fast.config import LoaderConfig
 from orl_fast.errors import DataError
 from orl_fast.methods import METHODS
-from orl_fast.report import Cell, Grid, draw_grid, pair_grid, render_views, save_picture, view_grid
-from orl_fast.report.pictures import COLORS
+from orl_fast.report import COLORS, Cell, Grid, draw_grid, pair_grid, render_views, save_picture, view_grid
 from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.views import Batch, ViewLoader, ViewPlan, ViewSpec
-from orl_fast.views.draw import Mined
+from orl_fast.views.draw import Mined, draw_plan
 from orl_fast.views.patches import PatchStore
 from tests.synthetic import small_config
 from tests.train.conftest import write_patches
@@ -71,8 +70,8 @@ def test_pairs_show_the_best_pairs_boxes_in_one_color(index: ShardIndex, tables:
 
 def _render(index: ShardIndex, rows: list[int], tables: Mined, method: str) -> tuple[tuple[ViewSpec, ...], ViewPlan, Batch]:
     specs = METHODS[method].views(small_config("image_size_px=32", "patch_size_px=16"))
-    options = {"seed": 3, "epoch": 1, "mined": tables, "loader": LoaderConfig(), "device": torch.device("cpu")}
-    return specs, *render_views(index, np.array(rows), specs, kind="cpu", **options)  # type: ignore[arg-type]
+    plan = draw_plan(np.array(rows), specs, seed=3, epoch=1, heights=index.heights, widths=index.widths, mined=tables)
+    return specs, plan, render_views(index, plan, mined=tables, loader=LoaderConfig(), kind="cpu", device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("method", "columns"), [("byol", 3), ("orl", 8)])

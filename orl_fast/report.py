@@ -19,9 +19,9 @@ from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.shards.images import decode_rgb
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.views.choose import open_renderer, open_source
-from orl_fast.views.draw import Mined, draw_plan
+from orl_fast.views.draw import Mined
 from orl_fast.views.patches import PatchStore
-from orl_fast.views.plan import Batch, Rows, ViewPlan
+from orl_fast.views.plan import Batch, ViewPlan
 from orl_fast.views.specs import PairPartner, ViewSpec
 
 # Distinct for color-blind readers too (Okabe and Ito), without yellow, which is lost on photographs; more than seven repeat.
@@ -107,20 +107,8 @@ def pair_grid(
     return grid
 
 
-def render_views(
-    index: ShardIndex,
-    rows: Rows,
-    specs: Sequence[ViewSpec],
-    *,
-    seed: int,
-    epoch: int,
-    mined: Mined | None,
-    loader: LoaderConfig,
-    kind: str,
-    device: torch.device,
-) -> tuple[ViewPlan, Batch]:
-    """Draw and render the views of some images, as a training does; DataError if an image cannot be decoded."""
-    plan = draw_plan(rows, specs, seed=seed, epoch=epoch, heights=index.heights, widths=index.widths, mined=mined)
+def render_views(index: ShardIndex, plan: ViewPlan, *, mined: Mined | None, loader: LoaderConfig, kind: str, device: torch.device) -> Batch:
+    """Render the views of some images, as a training does; DataError if an image cannot be decoded."""
     with (
         closing(open_source(index, loader, patches=mined.patches if mined else None)) as source,
         closing(open_renderer(kind, source, loader, device=device)) as renderer,
@@ -128,7 +116,7 @@ def render_views(
         batch = renderer.render(plan)
     if len(batch.bad_rows):
         raise DataError(f"{index.path}: image {index.keys[int(batch.bad_rows[0])]} cannot be decoded; run orl-fast verify")
-    return plan, batch
+    return batch
 
 
 def view_grid(
