@@ -27,8 +27,7 @@ from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.train.metrics import Meter
 from orl_fast.train.step import TrainStep
-from orl_fast.train.upload import on_device
-from orl_fast.views.draw import Mined
+from orl_fast.views.batch import Batch
 from orl_fast.views.loader import ViewLoader
 from orl_fast.views.plan import Batch
 
@@ -68,13 +67,13 @@ def _feeding(config: Config, source: Path | None, *, ranks: Ranks, num_steps: in
         )
 
         def load() -> float:
-            for _ in islice(on_device(alone, ranks.device, clock=meter.clock), config.loader.prefetch + num_steps):
+            for _ in islice(meter.feed(alone), config.loader.prefetch + num_steps):
                 pass
             _finish(ranks)
             return num_steps * batch
 
         def load_and_step() -> float:
-            batches = on_device(both, ranks.device, clock=meter.clock)
+            batches = meter.feed(both)
             for _ in range(config.loader.prefetch):  # rendered while others were measured: they do not count
                 next(batches)
             return step.run(batches, num_steps)

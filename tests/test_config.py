@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from orl_fast.config import Config, MiningConfig, TrainConfig, ViewsConfig, digest
 from orl_fast.methods.orl import OrlConfig
 from orl_fast.recipe import config_to_dict, load_config
-from orl_fast.train.optim import peak_learning_rate
+from orl_fast.train.step import learning_rate
 
 # The paper's section 3 and appendices A and B; where the published implementation differs from it, that.
 PAPER = {
@@ -32,7 +32,8 @@ def test_the_defaults_are_the_papers() -> None:
     found = config_to_dict(config)
     assert {section: {key: found[section][key] for key in values} for section, values in PAPER.items()} == PAPER
     assert found["variant"] == "official"
-    assert peak_learning_rate(config) == 0.4  # 0.2 × 512 / 256
+    without_warmup = load_config("coco-r50", overrides=["warmup_epochs=0"])
+    assert learning_rate(0, without_warmup, steps_per_epoch=1) == 0.4  # 0.2 × 512 / 256
     assert config == load_config()
 
 

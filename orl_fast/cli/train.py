@@ -62,9 +62,7 @@ def command(
         )
         if ranks.device.type == "cpu" and device == "auto":
             announce("no GPU here: training on the CPU")
-        outcome = train(
-            run.method, run.config, index=index, folder=run.folder, mined=run.mined, ranks=ranks, restart=restart, max_steps=max_steps
-        )
+        outcome = train(run, index=index, ranks=ranks, restart=restart, max_steps=max_steps)
     code, checkpoint = 128 + outcome.signum if outcome.signum else 0, run.folder / CHECKPOINT
     if not ranks.is_main:
         sys.exit(code)

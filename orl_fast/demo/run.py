@@ -32,8 +32,8 @@ from orl_fast.report import draw_grid, pair_grid, save_picture
 from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.train.loop import train
-from orl_fast.train.mined import open_mined
-from orl_fast.views.draw import Mined
+from orl_fast.train.run import Run, open_mined
+from orl_fast.views.mined import Mined
 
 # Three losses are summed in stage 3: it takes half of stage 1's rate, and fewer epochs, which cost twice as much.
 ORL_LR_PER_256 = 0.8
@@ -128,7 +128,7 @@ class Demo:
         log.info("── %s: done in %s, %s in all", name, human_time(self.times_s[name]), human_time(sum(self.times_s.values())))
 
     def _train(self, method: str, config: Config, index: ShardIndex, mined: Mined | None = None) -> None:
-        outcome = train(method, config, index=index, folder=self.run_folder(method), mined=mined, ranks=self.ranks)
+        outcome = train(Run(method=method, config=config, folder=self.run_folder(method), mined=mined), index=index, ranks=self.ranks)
         if outcome.signum:
             raise Stopped(outcome.signum)
 

@@ -1,6 +1,1 @@
-"""Training: the loop, its step, schedules, checkpoints."""
-
-from orl_fast.distributed import Ranks, process_group
-from orl_fast.train.loop import Outcome, train
-
-__all__ = ["Outcome", "Ranks", "process_group", "train"]
+"""Training: the loop, its step, metrics and checkpoints, and which run a command is about."""

@@ -13,122 +13,93 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
+import torchvision
 
-from orl_fast.checkpoint import CHECKPOINT, PREVIOUS
+import orl_fast
+from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, write_checkpoint
 from orl_fast.config import Config, LoaderConfig, RendererName, digest
 from orl_fast.console import log, log_to_file, progress
 from orl_fast.distributed import Agreement, Ranks, broadcast_value, mean_over_ranks, require_same
 from orl_fast.errors import ConfigError, DataError, StaleError
 from orl_fast.files import atomic_file, locked, remove_leftovers
-from orl_fast.methods import METHODS
+from orl_fast.methods import METHODS, Method
 from orl_fast.models.encoder import is_finite, weights_digest
 from orl_fast.recipe import config_to_dict, config_to_toml
 from orl_fast.shards import ShardIndex
 from orl_fast.train.metrics import Meter, MetricsLog
-from orl_fast.train.optim import learning_rate
-from orl_fast.train.saving import RunIdentity, earlier_run, require_checkpoint_space, restore, save, save_latest
-from orl_fast.train.step import TrainStep
-from orl_fast.train.upload import on_device
-from orl_fast.views.draw import Mined
+from orl_fast.train.run import RECIPE, Run
+from orl_fast.train.saving import earlier_run, require_checkpoint_space, restore, save_latest
+from orl_fast.train.step import TrainStep, learning_rate
 from orl_fast.views.loader import ViewLoader
 from orl_fast.views.sampler import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a call of `train` ended.
+    """How a call of `train` ended."""
 
-    Attributes:
-        step: steps done in all, of `num_steps`. first_step: done before this call. signum: of the signal that stopped it; 0: none did.
-    """
-
-    first_step: int
-    step: int
+    first_step: int  # steps done before this call
+    step: int  # steps done in all, of `num_steps`
     num_steps: int
-    signum: int = 0
+    signum: int = 0  # of the signal that stopped it; 0: none did
 
 
-def train(
-    method: str,
-    config: Config,
-    *,
-    index: ShardIndex,
-    folder: Path,
-    mined: Mined | None = None,
-    ranks: Ranks,
-    restart: bool = False,
-    max_steps: int | None = None,
-) -> Outcome:
+def train(run: Run, *, index: ShardIndex, ranks: Ranks, restart: bool = False, max_steps: int | None = None) -> Outcome:
     """Train from scratch, or resume where an earlier call was stopped. SIGINT and SIGTERM finish the step and save.
 
+    The run folder gets checkpoint.pt and the one before, metrics.jsonl, tensorboard/, train.log and recipe.toml.
+
     Args:
-        method: a key of `orl_fast.methods.METHODS`.
-        folder: the run folder: checkpoint.pt and the one before, metrics.jsonl, tensorboard/, train.log, recipe.toml.
-        mined: the tables of stage 2, for methods that draw from them.
         restart: discard what the folder holds of an earlier run.
         max_steps: stop, and save, once so many steps are done in all; another call resumes.
     Raises:
         ConfigError: the batch does not fit the ranks or the data, or ranks differ. StaleError: the folder holds another run.
         DataError: damaged checkpoints, a full disk, another process in this folder, or weights or losses that are not finite.
     """
+    config, options, folder = run.config, run.config.train, run.folder
     _check_size(config, index, ranks)
-    with locked(folder, what="orl-fast train") if ranks.is_main else contextlib.nullcontext():
-        return _train(method, config, index=index, folder=folder, mined=mined, ranks=ranks, restart=restart, max_steps=max_steps)
-
-
-def _train(
-    method: str,
-    config: Config,
-    *,
-    index: ShardIndex,
-    folder: Path,
-    mined: Mined | None,
-    ranks: Ranks,
-    restart: bool,
-    max_steps: int | None,
-) -> Outcome:
-    options = config.train
-    sampler = Sampler(
-        num_images=len(index), batch_size=options.batch_size, world_size=ranks.world_size, accumulate=options.accumulate, seed=options.seed
-    )
-    steps_per_epoch, num_steps = sampler.steps_per_epoch, options.epochs * sampler.steps_per_epoch
-    open_loader = partial(
-        ViewLoader.open, index, METHODS[method].views(config), batch_size=options.batch_size, seed=options.seed, mined=mined,
-        rank=ranks.rank, world_size=ranks.world_size, accumulate=options.accumulate, device=ranks.device, num_threads=ranks.num_threads,
-    )  # fmt: skip
-    renderer = config.loader.renderer
-    if renderer == "auto":
-        renderer = _chosen_renderer(None if restart else folder, open_loader, config.loader, ranks)
-    fingerprints = mined.fingerprints if mined else {}
-    identity = RunIdentity(
-        method=method, config=config, index=index.fingerprint, mined=fingerprints, renderer=renderer, num_steps=num_steps
-    )
-    if ranks.device.type == "cpu":
-        torch.set_num_threads(ranks.num_threads)  # sums depend on it: the cores decide, not what ran before, nor torchrun's single thread
-    train_step = TrainStep(method, config, ranks=ranks)
-    first_step = 0 if restart else restore(folder, identity, method=train_step.method, optimizer=train_step.optimizer)
-    require_same(_start(identity, train_step, first_step), ranks)
-    last_step = num_steps if max_steps is None else min(max_steps, num_steps)
-    if first_step >= last_step:
-        return Outcome(first_step=first_step, step=first_step, num_steps=num_steps)
-    train_step.connect()
-
     with contextlib.ExitStack() as stack:
+        if ranks.is_main:
+            stack.enter_context(locked(folder, what="orl-fast train"))
+        sampler = Sampler.sharing(
+            options.batch_size, num_images=len(index), world_size=ranks.world_size, accumulate=options.accumulate, seed=options.seed
+        )
+        steps_per_epoch, num_steps = sampler.steps_per_epoch, options.epochs * sampler.steps_per_epoch
+        open_loader = partial(
+            ViewLoader.open, index, METHODS[run.method].views(config), batch_size=options.batch_size, seed=options.seed, mined=run.mined,
+            rank=ranks.rank, world_size=ranks.world_size, accumulate=options.accumulate, device=ranks.device, num_threads=ranks.num_threads,
+        )  # fmt: skip
+        renderer = config.loader.renderer
+        if renderer == "auto":
+            renderer = _chosen_renderer(None if restart else folder, open_loader, config.loader, ranks)
+        if ranks.device.type == "cpu":
+            torch.set_num_threads(ranks.num_threads)  # sums depend on it: the cores decide, not what ran before, nor torchrun's one thread
+        train_step = TrainStep(run.method, config, ranks=ranks)
+        header = _header(run, train_step.method, index=index.fingerprint, renderer=renderer, num_steps=num_steps)
+        first_step = 0 if restart else restore(folder, header, method=train_step.method, optimizer=train_step.optimizer)
+        _require_same_start(header, train_step.method, first_step, ranks)
+        last_step = num_steps if max_steps is None else min(max_steps, num_steps)
+        if first_step >= last_step:
+            return Outcome(first_step=first_step, step=first_step, num_steps=num_steps)
+        train_step.connect()
+
         loader_config = config.loader.model_copy(update={"renderer": renderer})
         loader = stack.enter_context(open_loader(loader=loader_config, start_step=first_step, num_steps=last_step - first_step))
         metrics: MetricsLog | None = None
         advance: Callable[..., None] = _silent
         if ranks.is_main:
             require_checkpoint_space(folder, method=train_step.method)
-            _prepare_folder(folder, config, restart=restart)
+            _prepare_folder(run, restart=restart)
             stack.enter_context(log_to_file(folder / "train.log"))
-            _announce(identity, first_step=first_step, num_images=len(index), ranks=ranks)
+            _announce(header, config, first_step=first_step, num_images=len(index), ranks=ranks)
             metrics = stack.enter_context(contextlib.closing(MetricsLog(folder, step=first_step)))
             total, done = num_steps * options.batch_size, first_step * options.batch_size
-            advance = stack.enter_context(progress(f"train {method}", total=total, unit="images", done=done))
+            advance = stack.enter_context(progress(f"train {run.method}", total=total, unit="images", done=done))
         stop = stack.enter_context(_stop_signals())
-        agreement, meter, clock = Agreement(ranks, num_requests=2), Meter(ranks), _SaveClock(options.checkpoint_every_min, ranks)
-        batches = on_device(loader, ranks.device, clock=meter.clock)
+        agreement, meter = Agreement(ranks, num_requests=2), Meter(ranks)
+        batches = meter.feed(loader)
+        save_every_s = options.checkpoint_every_min * 60 if ranks.is_main and options.checkpoint_every_min else math.inf
+        save_at_s = time.monotonic() + save_every_s
         note: str | None = None
 
         for step in range(first_step, last_step):
@@ -137,23 +108,28 @@ def _train(
 
             done = step + 1
             epoch, within = divmod(done, steps_per_epoch)
-            stopping, due = agreement.any(bool(stop), clock.is_due())
+            is_late = time.monotonic() >= save_at_s
+            if is_late:
+                save_at_s = math.inf  # requested once
+            stopping, due = agreement.any(bool(stop), is_late)
             saving = stopping or due or done == last_step or (not within and epoch % options.checkpoint_every_epochs == 0)
             keeping = not within and options.keep_every_epochs > 0 and epoch % options.keep_every_epochs == 0
             if saving or keeping or done % options.log_every_steps == 0:
                 record = meter.read()
                 if metrics is not None:
                     metrics.write({"step": done, "epoch": done / steps_per_epoch, **record, **logged})
-                    note = _note(record)
+                    waiting = f"{record['data_wait']:.0%} waiting for data"
+                    note = f"loss {record['loss']:.3f}, {record['images_per_s']:.1f} images/s, {waiting}"
             advance(options.batch_size, note=note)
             if saving or keeping:
-                _require_finite(train_step, ranks, step_done=done)
-                state = partial(save, identity=identity, method=train_step.method, optimizer=train_step.optimizer, step=done)
+                state = {"model": train_step.method.state_dict(), "optimizer": train_step.optimizer.state_dict()}
+                _require_finite(state, ranks, step_done=done)
+                write = partial(write_checkpoint, header={**header, "step": done}, model=state["model"], optimizer=state["optimizer"])
                 if ranks.is_main and saving:
-                    save_latest(folder, state)
+                    save_latest(folder, write)
                 if ranks.is_main and keeping:
-                    state(folder / f"epoch-{epoch:04d}.pt")
-                clock.restart()
+                    write(folder / f"epoch-{epoch:04d}.pt")
+                save_at_s = time.monotonic() + save_every_s
                 meter.restart()  # saving is neither training nor waiting for data
             if stopping and done < last_step:
                 return Outcome(first_step=first_step, step=done, num_steps=num_steps, signum=stop[0] if stop else signal.SIGTERM)
@@ -188,22 +164,41 @@ def _chosen_renderer(folder: Path | None, open_loader: Callable[..., ViewLoader]
     return cast(RendererName, kind)
 
 
-def _start(identity: RunIdentity, step: TrainStep, first_step: int) -> dict[str, Any]:
-    """What all ranks must have in common."""
+def _header(run: Run, method: Method, *, index: str, renderer: str, num_steps: int) -> dict[str, Any]:
+    """What makes this run this run: the header of its checkpoints, before the first step."""
+    prefix = next(name for name, module in method.named_modules() if module is method.online)
     return {
-        "the step to start from": first_step,
-        "the method": identity.method,
-        "the recipe": digest(config_to_dict(identity.config)),
-        "the shards": identity.index,
-        "the mined tables": digest(dict(identity.mined)),
-        "the renderer": identity.renderer,
-        "the weights to start from": weights_digest(step.method),
+        "method": run.method,
+        "step": 0,
+        "num_steps": num_steps,
+        "encoder": {**method.online.description, "prefix": f"{prefix}."},
+        "config": config_to_dict(run.config),
+        "index": index,
+        "mined": dict(run.mined.fingerprints) if run.mined else {},
+        "renderer": renderer,
+        "versions": {
+            "orl-fast": orl_fast.__version__,
+            "torch": torch.__version__.split("+")[0],
+            "torchvision": torchvision.__version__.split("+")[0],
+        },
     }
 
 
-def _require_finite(step: TrainStep, ranks: Ranks, *, step_done: int) -> None:
+def _require_same_start(header: Mapping[str, Any], method: Method, first_step: int, ranks: Ranks) -> None:
+    common = {
+        "the step to start from": first_step,
+        "the method": header["method"],
+        "the recipe": digest(header["config"]),
+        "the shards": header["index"],
+        "the mined tables": digest(header["mined"]),
+        "the renderer": header["renderer"],
+        "the weights to start from": weights_digest(method),
+    }
+    require_same(common, ranks)
+
+
+def _require_finite(state: Mapping[str, Any], ranks: Ranks, *, step_done: int) -> None:
     """Raise, on all ranks, before a state that is not finite would be saved."""
-    state = {"model": step.method.state_dict(), "optimizer": step.optimizer.state_dict()["state"]}
     broken = mean_over_ranks(torch.tensor(0.0 if is_finite(state) else 1.0), ranks)
     if broken > 0:
         raise DataError(
@@ -212,45 +207,28 @@ def _require_finite(step: TrainStep, ranks: Ranks, *, step_done: int) -> None:
         )
 
 
-class _SaveClock:
-    """When the first rank requests a checkpoint because time has passed; each request is made once."""
-
-    def __init__(self, every_min: float, ranks: Ranks) -> None:
-        self._every_s = every_min * 60 if ranks.is_main and every_min else math.inf
-        self.restart()
-
-    def restart(self) -> None:
-        self._next_s = time.monotonic() + self._every_s
-
-    def is_due(self) -> bool:
-        if time.monotonic() < self._next_s:
-            return False
-        self._next_s = math.inf
-        return True
-
-
-def _prepare_folder(folder: Path, config: Config, *, restart: bool) -> None:
+def _prepare_folder(run: Run, *, restart: bool) -> None:
     """Make the run folder and write the recipe; with `restart`, remove an earlier run's results, and nothing else."""
+    folder = run.folder
     remove_leftovers(folder)
     if restart:
         for path in (*(folder / name for name in (CHECKPOINT, PREVIOUS, "metrics.jsonl", "train.log")), *folder.glob("epoch-*.pt")):
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    with atomic_file(folder / "recipe.toml") as file:
-        file.write(config_to_toml(config).encode())
+    with atomic_file(folder / RECIPE) as file:
+        file.write(config_to_toml(run.config).encode())
 
 
-def _announce(identity: RunIdentity, *, first_step: int, num_images: int, ranks: Ranks) -> None:
-    config = identity.config
+def _announce(header: Mapping[str, Any], config: Config, *, first_step: int, num_images: int, ranks: Ranks) -> None:
     where = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     many = f"{ranks.world_size} × " if ranks.world_size > 1 else ""
     log.info(
         "%s: %s, %d images, %d epochs = %d steps of %d images, on %s%s; views by the %s renderer",
-        identity.method, config.model.backbone, num_images, config.train.epochs, identity.num_steps, config.train.batch_size, many, where,
-        identity.renderer,
+        header["method"], config.model.backbone, num_images, config.train.epochs, header["num_steps"], config.train.batch_size, many, where,
+        header["renderer"],
     )  # fmt: skip
     if first_step:
-        log.info("resuming from step %d of %d", first_step, identity.num_steps)
+        log.info("resuming from step %d of %d", first_step, header["num_steps"])
     if config.optim.warmup_epochs >= config.train.epochs:
         log.warning(
             "the learning rate warms up over %g epochs, the run has %d: it never reaches its peak (optim.warmup_epochs)",
@@ -274,10 +252,6 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _note(record: Mapping[str, float]) -> str:
-    return f"loss {record['loss']:.3f}, {record['images_per_s']:.1f} images/s, {record['data_wait']:.0%} waiting for data"
 
 
 def _silent(_count: int = 1, note: str | None = None) -> None:

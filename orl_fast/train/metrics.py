@@ -1,9 +1,10 @@
-"""Metrics of a run: summed on the device, read at log steps only, written as JSON lines and for TensorBoard."""
+"""Metrics of a run: summed on the device, read at log steps only, written as JSON lines and for TensorBoard; and the wait for batches."""
 
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from orl_fast.distributed import Ranks, mean_over_ranks
 from orl_fast.errors import DataError
 from orl_fast.files import atomic_file
+from orl_fast.views.batch import Batch
 
 
 class Meter:
@@ -20,15 +22,47 @@ class Meter:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self.clock = WaitClock(ranks.device)
         self.restart()
 
     def restart(self) -> None:
         """Count from here on."""
         self._sums: dict[str, Tensor] = {}
         self._num_losses = self._num_images = self._num_skipped = 0
-        self.clock.reset()
+        self._host_waited_s = 0.0
+        self._finished: torch.cuda.Event | None = None
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._start_s = time.perf_counter()
+
+    def feed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield batches whose tensors are, or will be before the current stream needs them, on the device; count how long it waits.
+
+        The CPU waits while the loader is asked. While a GPU works on one batch the host has already asked for the next, and a stream of its
+        own copies it (pinned memory, uint8): the GPU's wait is the gap in its stream between the end of one batch's work and the arrival of
+        the next, taken between two events that are read at log steps.
+        """
+        device = self._ranks.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        iterator = iter(batches)
+        in_use: tuple[Batch, torch.cuda.Event] | None = None
+        while True:
+            start_s = time.perf_counter()
+            batch = next(iterator, None)
+            if stream is None:
+                self._host_waited_s += time.perf_counter() - start_s
+            if batch is None:
+                return
+            if stream is None:
+                yield batch
+                continue
+            batch = _uploaded(batch, device, stream)
+            if self._finished is not None:  # the stream waits for nothing but its next batch, which has been uploaded at this point of it
+                self._gaps.append((self._finished, _timed_event()))
+            yield batch
+            self._finished = _timed_event()
+            # The GPU renderer's views are DALI's memory, which torch's allocator does not know: they are held until their work is done.
+            if in_use is not None:
+                in_use[1].synchronize()
+            in_use = batch, self._finished
 
     def add(self, losses: Mapping[str, Tensor], *, num_images: int, num_skipped: int) -> None:
         """Count one micro-batch of this rank; nothing waits for the device."""
@@ -39,18 +73,18 @@ class Meter:
         self._num_images += num_images
         self._num_skipped += num_skipped
 
-    def read(self) -> dict[str, float]:
-        """Means over all ranks since the last call; waits for the device.
+    def waited_s(self) -> float:
+        """How long the device was idle waiting for data; it must have finished."""
+        return self._host_waited_s + sum(float(end.elapsed_time(start)) for end, start in self._gaps) / 1000
 
-        Raises:
-            DataError: the loss is not finite.
-        """
+    def read(self) -> dict[str, float]:
+        """Means over all ranks since the last call; waits for the device. DataError if the loss is not finite."""
         counts = torch.tensor([self._num_images, self._num_skipped], dtype=torch.float64)
         losses = mean_over_ranks(torch.stack(list(self._sums.values())) / self._num_losses, self._ranks).tolist()
         elapsed_s = time.perf_counter() - self._start_s
         num_images, num_skipped = (mean_over_ranks(counts, self._ranks) * self._ranks.world_size).tolist()
         record = dict(zip(self._sums, losses, strict=True))
-        record |= {"images_per_s": num_images / elapsed_s, "data_wait": self.clock.waited_s() / elapsed_s, "skipped": num_skipped}
+        record |= {"images_per_s": num_images / elapsed_s, "data_wait": self.waited_s() / elapsed_s, "skipped": num_skipped}
         record["time"] = round(time.time(), 3)
         self.restart()
         if not all(math.isfinite(value) for value in losses):
@@ -62,46 +96,23 @@ class Meter:
         return record
 
 
-class WaitClock:
-    """Time the device was idle waiting for data.
-
-    The CPU waits while the loader is asked. A GPU works on while the host asks: its wait is the gap in its own stream between the end of
-    one batch's work and the arrival of the next, taken between two events that are read at log steps.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
-        self.reset()
-
-    def reset(self) -> None:
-        self._waited_s = 0.0
-        self._finished: torch.cuda.Event | None = None
-        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def host_waited(self, seconds: float) -> None:
-        """The loader kept the host for so long."""
-        if not self._gpu:
-            self._waited_s += seconds
-
-    def arrived(self) -> None:
-        """The current stream waits for nothing but its next batch, which has been uploaded at this point of it."""
-        if self._finished is not None:
-            self._gaps.append((self._finished, _timed_event()))
-
-    def computed(self) -> None:
-        """A batch's work has been handed to the device."""
-        if self._gpu:
-            self._finished = _timed_event()
-
-    def waited_s(self) -> float:
-        """Since the last reset; the device must have finished."""
-        return self._waited_s + sum(float(end.elapsed_time(start)) for end, start in self._gaps) / 1000
-
-
 def _timed_event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
+
+
+def _uploaded(batch: Batch, device: torch.device, stream: torch.cuda.Stream) -> Batch:
+    current = torch.cuda.current_stream(device)
+    views = {}
+    for name, view in batch.views.items():
+        if view.device != device:
+            with torch.cuda.stream(stream):
+                view = (view if view.is_pinned() else view.pin_memory()).to(device, non_blocking=True)
+            view.record_stream(current)  # its memory is used by the computation, beyond the upload's stream
+        views[name] = view
+    current.wait_stream(stream)
+    return replace(batch, views=views)
 
 
 class MetricsLog:

@@ -1,19 +1,18 @@
-"""Saving a run, and resuming it: the last two checkpoints are kept, and a run is resumed only as the run that it was."""
+"""Saving a run, and resuming it: the last two checkpoints are kept, and a run is resumed only as the run that it was.
+
+A run is known by the header of its checkpoints (see `orl_fast.checkpoint`).
+"""
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
-import orl_fast
-from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, read_header, write_checkpoint
-from orl_fast.config import Config
+from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, read_header
 from orl_fast.console import log
 from orl_fast.errors import ConfigError, DataError, StaleError
 from orl_fast.files import require_free_space, sync_folder
@@ -30,45 +29,8 @@ _FOLLOWING = ".checkpoint-following.pt"
 _REMEDY = "start from scratch with --restart, or use another folder with --out"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunIdentity:
-    """What makes a run this run: to be resumed, it must be the same.
-
-    Attributes:
-        index: fingerprint of the packed images. mined: fingerprints of the tables in use, by name. renderer: what draws the views.
-    """
-
-    method: str
-    config: Config
-    index: str
-    mined: Mapping[str, str]
-    renderer: str
-    num_steps: int
-
-
-def save(path: Path, *, identity: RunIdentity, method: Method, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Write the state after `step` steps.
-
-    Raises:
-        DataError: the disk is full; what was there stays.
-    """
-    prefix = next(name for name, module in method.named_modules() if module is method.online)
-    header = {
-        "method": identity.method,
-        "step": step,
-        "num_steps": identity.num_steps,
-        "encoder": {**method.online.description, "prefix": f"{prefix}."},
-        "config": config_to_dict(identity.config),
-        "index": identity.index,
-        "mined": dict(identity.mined),
-        "renderer": identity.renderer,
-        "versions": _versions(),
-    }
-    write_checkpoint(path, header, model=method.state_dict(), optimizer=optimizer.state_dict())
-
-
 def save_latest(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write checkpoint.pt; the one before becomes checkpoint-previous.pt once the new one is whole. Raises as `save`."""
+    """Write checkpoint.pt; the one before becomes checkpoint-previous.pt once the new one is whole. Where `write` fails, both stay."""
     latest, previous, following = folder / CHECKPOINT, folder / PREVIOUS, folder / _FOLLOWING
     write(following)
     if latest.exists():
@@ -82,22 +44,17 @@ def save_latest(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def earlier_run(folder: Path) -> Mapping[str, Any] | None:
-    """The header of the checkpoint to resume from (see `orl_fast.checkpoint`); None where there is none.
-
-    Raises:
-        DataError: both checkpoints are damaged.
-    """
+    """The header of the checkpoint to resume from; None where there is none. DataError if both checkpoints are damaged."""
     return next((values for values, _ in _readable(folder, read_header, level=logging.DEBUG)), None)
 
 
-def restore(folder: Path, identity: RunIdentity, *, method: Method, optimizer: torch.optim.Optimizer) -> int:
+def restore(folder: Path, header: Mapping[str, Any], *, method: Method, optimizer: torch.optim.Optimizer) -> int:
     """Load the latest state that is not damaged into method and optimizer; returns the steps done, 0 where there is none.
 
-    Raises:
-        StaleError: the checkpoint is another run's. DataError: both checkpoints are damaged.
+    StaleError if the checkpoint is of a run with another header, DataError if both checkpoints are damaged.
     """
     for values, path in _readable(folder, read_checkpoint, level=logging.WARNING):
-        _check_same_run(path, values, identity)
+        _check_same_run(path, values, header)
         try:
             method.load_state_dict(values["model"])
             optimizer.load_state_dict(values["optimizer"])
@@ -108,13 +65,9 @@ def restore(folder: Path, identity: RunIdentity, *, method: Method, optimizer: t
 
 
 def require_checkpoint_space(folder: Path, *, method: nn.Module) -> None:
-    """Refuse a run whose checkpoints will not fit: the last two stay until a third is whole.
-
-    Raises:
-        DataError: not enough space is free.
-    """
-    state = sum(value.numel() * value.element_size() for value in method.state_dict().values())
-    momenta = sum(value.numel() * value.element_size() for value in method.parameters() if value.requires_grad)
+    """DataError if a run's checkpoints will not fit: the last two stay until a third is whole."""
+    state = sum(value.nbytes for value in method.state_dict().values())
+    momenta = sum(value.nbytes for value in method.parameters() if value.requires_grad)
     files = [folder / name for name in (CHECKPOINT, PREVIOUS, _FOLLOWING)]
     there = sum(file.stat().st_size for file in files if file.exists())
     require_free_space(folder, num_bytes=max(0, 3 * (state + momenta) - there), purpose="three checkpoints (two kept, one being written)")
@@ -132,50 +85,41 @@ def _readable(folder: Path, read: Callable[[Path], Mapping[str, Any]], *, level:
             log.log(level, "%s; resuming from %s", error, paths[-1].name)
 
 
-def _check_same_run(path: Path, values: Mapping[str, Any], identity: RunIdentity) -> None:
-    if values["method"] != identity.method:
-        raise StaleError(f"{path}: holds a {values['method']} run, this is {identity.method}; {_REMEDY}")
-    if values["index"] != identity.index:
-        raise StaleError(f"{path}: trained on shards {values['index']}, these are {identity.index}; {_REMEDY}")
-    for name in sorted(values["mined"].keys() | identity.mined.keys()):
-        then, now = values["mined"].get(name), identity.mined.get(name)
-        if then != now:
-            raise StaleError(f"{path}: trained with {name} {then}, now {now}; {_REMEDY}")
-    if values["renderer"] != identity.renderer:
-        raise StaleError(
-            f"{path}: its views are rendered by {values['renderer']}, {identity.renderer} is asked for; leave --renderer out, or {_REMEDY}"
-        )
+def _check_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if then["method"] != now["method"]:
+        raise StaleError(f"{path}: holds a {then['method']} run, this is {now['method']}; {_REMEDY}")
+    if then["index"] != now["index"]:
+        raise StaleError(f"{path}: trained on shards {then['index']}, these are {now['index']}; {_REMEDY}")
+    for name in sorted(then["mined"].keys() | now["mined"].keys()):
+        if then["mined"].get(name) != now["mined"].get(name):
+            raise StaleError(f"{path}: trained with {name} {then['mined'].get(name)}, now {now['mined'].get(name)}; {_REMEDY}")
+    if then["renderer"] != now["renderer"]:
+        how = f"its views are rendered by {then['renderer']}, {now['renderer']} is asked for"
+        raise StaleError(f"{path}: {how}; leave --renderer out, or {_REMEDY}")
     try:
-        recorded, asked = (_flat(config) for config in (config_from_dict(values["config"], where=str(path)), identity.config))
+        recorded = _flat(config_to_dict(config_from_dict(then["config"], where=str(path))))
     except ConfigError as error:
         raise StaleError(f"{path}: its configuration is of another version of orl-fast ({error}); {_REMEDY}") from error
-    changed = [key for key in recorded if recorded[key] != asked[key] and not _is_free(key, identity)]
+    asked = _flat(now["config"])
+    changed = [
+        f"{key} = {recorded[key]} then, {asked[key]} now" for key in recorded if recorded[key] != asked[key] and not _is_free(key, now)
+    ]
     if changed:
-        what = "; ".join(f"{key} = {recorded[key]} then, {asked[key]} now" for key in changed)
-        raise StaleError(f"{path}: the run was configured differently ({what}); {_REMEDY}")
-    for name, version in _versions().items():
-        if values["versions"].get(name) != version:
-            log.warning(
-                "%s: written by %s %s, this is %s; results may differ in last digits", path, name, values["versions"].get(name), version
-            )
+        raise StaleError(f"{path}: the run was configured differently ({'; '.join(changed)}); {_REMEDY}")
+    for name, version in now["versions"].items():
+        former = then["versions"].get(name)
+        if former != version:
+            log.warning("%s: written by %s %s, this is %s; results may differ in last digits", path, name, former, version)
 
 
-def _is_free(key: str, identity: RunIdentity) -> bool:
+def _is_free(key: str, header: Mapping[str, Any]) -> bool:
     if key.startswith("mining."):
-        return not identity.mined or key not in _LIMITS
-    return key in _FREE or (key == "loader.hw_decoder_load" and identity.renderer != "gpu")
+        return not header["mined"] or key not in _LIMITS
+    return key in _FREE or (key == "loader.hw_decoder_load" and header["renderer"] != "gpu")
 
 
-def _flat(config: Config) -> dict[str, Any]:
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for name, value in config_to_dict(config).items():
+    for name, value in config.items():
         flat |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
     return flat
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "orl-fast": orl_fast.__version__,
-        "torch": torch.__version__.split("+")[0],
-        "torchvision": torchvision.__version__.split("+")[0],
-    }

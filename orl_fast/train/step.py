@@ -1,6 +1,7 @@
-"""One optimizer step of a method: everything that runs on the device between two batches."""
+"""One optimizer step of a method: everything that runs on the device between two batches, and its learning rate."""
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -15,17 +16,33 @@ from orl_fast.methods import METHODS
 from orl_fast.models import Network
 from orl_fast.models.sync_bn import synchronize_batch_norm
 from orl_fast.train.metrics import Meter
-from orl_fast.train.optim import set_learning_rate
-from orl_fast.views.plan import Batch
+from orl_fast.views.batch import Batch
+
+_WARMUP_RATIO = 1e-4  # of the scheduled lr, at step 0
+
+
+def learning_rate(step: int, config: Config, *, steps_per_epoch: int) -> float:
+    """Cosine decay to 0 with linear warm-up (ORL, appendix A), a pure function of the 0-based step: a resumed run needs no scheduler state.
+
+    The peak is proportional to the global batch. The warm-up rises in every step and multiplies the cosine's lr. Where it is longer than
+    the run, the run ends within it. The cosine is constant within an epoch, as the reference implementation has it, or falls in every step
+    (`optim.cosine`).
+    """
+    optim = config.optim
+    per_epoch = optim.cosine == "epoch" or (optim.cosine == "auto" and config.variant == "official")
+    done = step // steps_per_epoch if per_epoch else step / steps_per_epoch
+    peak = optim.lr_per_256 * config.train.batch_size / 256
+    lr = 0.5 * peak * (1 + math.cos(math.pi * done / config.train.epochs))
+    warmup_steps = optim.warmup_epochs * steps_per_epoch
+    if step < warmup_steps:
+        lr *= 1 - (1 - step / warmup_steps) * (1 - _WARMUP_RATIO)
+    return lr
 
 
 class TrainStep:
     """A method with its optimizer, set up for this rank's device: memory format, precision, batch norm and gradients over ranks.
 
-    Attributes:
-        method: the module whose state a checkpoint holds. optimizer: its optimizer.
-    Raises:
-        ConfigError: a micro-batch has fewer than the two images that batch norm needs, or the backbone takes no views of a size.
+    ConfigError if a micro-batch has fewer than the two images that batch norm needs, or the backbone takes no views of a size.
     """
 
     def __init__(self, method: str, config: Config, *, ranks: Ranks) -> None:
@@ -40,7 +57,7 @@ class TrainStep:
         if ranks.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # sizes never change
         torch.manual_seed(config.train.seed)
-        self.method = METHODS[method](config)
+        self.method = METHODS[method](config)  # the module whose state a checkpoint holds
         for size_px, name in {spec.size_px: spec.name for spec in self.method.views(config)}.items():
             self.method.online.backbone.require_size(size_px, setting=f"side of the view {name!r}")
         self.method.to(ranks.device)
@@ -68,7 +85,8 @@ class TrainStep:
         config = self._config.train
         # Keyed by the step, like all randomness: models with dropout resume exactly, too.
         torch.manual_seed((config.seed << 32) + step * self._ranks.world_size + self._ranks.rank)
-        set_learning_rate(self.optimizer, lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1)
         self.method.before_step(step, num_steps)
         for micro in range(config.accumulate):
             batch = next(batches)

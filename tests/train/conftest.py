@@ -10,10 +10,11 @@ import pytest
 
 from orl_fast.checkpoint import CHECKPOINT
 from orl_fast.config import Config
+from orl_fast.distributed import Ranks
 from orl_fast.provenance import TableInfo, new_table
 from orl_fast.shards import ShardIndex
-from orl_fast.train import Outcome, Ranks, train
-from orl_fast.train.mined import open_mined
+from orl_fast.train.loop import Outcome, train
+from orl_fast.train.run import Run, open_mined
 from orl_fast.train.step import TrainStep
 from orl_fast.views.draw import Mined
 from orl_fast.views.patches import PATCH_SIDE_PX
@@ -91,8 +92,8 @@ def train_run(
 ) -> Outcome:
     """BYOL, or with mined tables ORL."""
     tables = open_mined(index, mined, config) if mined else None
-    method = method or ("orl" if mined else "byol")
-    return train(method, config, index=index, folder=folder, mined=tables, ranks=Ranks(), restart=restart, max_steps=max_steps)
+    run = Run(method=method or ("orl" if mined else "byol"), config=config, folder=folder, mined=tables)
+    return train(run, index=index, ranks=Ranks(), restart=restart, max_steps=max_steps)
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from orl_fast.distributed import process_group
+from orl_fast.distributed import Ranks, process_group
 from orl_fast.errors import OrlFastError
 from orl_fast.shards import ShardIndex
-from orl_fast.train import Ranks, train
-from orl_fast.train.mined import open_mined
+from orl_fast.train.loop import train
+from orl_fast.train.run import Run, open_mined
 from tests.train.conftest import after_step, in_float64, run_config
 
 
@@ -21,14 +21,14 @@ def _run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     config = run_config(*job.get("overrides", ()), epochs=job.get("epochs", 2))
     index = ShardIndex.open(Path(job["index"]))
     tables = open_mined(index, Path(job["mined"]), config) if job.get("mined") else None
-    method, folder, stop_at = "orl" if tables else "byol", Path(job["folder"]), job.get("stop_at", -1)
+    run = Run(method="orl" if tables else "byol", config=config, folder=Path(job["folder"]), mined=tables)
     with ExitStack() as stack:
         if job.get("float64"):
             stack.enter_context(in_float64())
         if ranks.rank == job.get("only_rank", 0):
-            stack.enter_context(after_step(stop_at, lambda _: os.kill(os.getpid(), signal.SIGTERM)))
+            stack.enter_context(after_step(job.get("stop_at", -1), lambda _: os.kill(os.getpid(), signal.SIGTERM)))
         try:
-            outcome = train(method, config, index=index, folder=folder, mined=tables, ranks=ranks, max_steps=job.get("max_steps"))
+            outcome = train(run, index=index, ranks=ranks, max_steps=job.get("max_steps"))
         except OrlFastError as error:
             return {"error": f"{type(error).__name__}: {error}"}
     return asdict(outcome)

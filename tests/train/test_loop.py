@@ -13,11 +13,13 @@ import torch
 
 from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, read_header
 from orl_fast.config import LoaderConfig
+from orl_fast.distributed import Ranks
 from orl_fast.errors import ConfigError, DataError, StaleError
 from orl_fast.models import load_encoder
 from orl_fast.recipe import load_config
 from orl_fast.shards import ShardIndex
-from orl_fast.train import Outcome, Ranks, loop
+from orl_fast.train import loop
+from orl_fast.train.loop import Outcome
 from orl_fast.train.step import TrainStep
 from orl_fast.views.loader import ViewLoader
 from tests.ranks import start_rank
@@ -104,7 +106,7 @@ def test_a_checkpoint_every_so_many_minutes_changes_no_bits(
 ) -> None:
     saved: list[int] = []
     inner = loop.save_latest
-    monkeypatch.setattr(loop, "save_latest", lambda folder, write: (saved.append(write.keywords["step"]), inner(folder, write)))
+    monkeypatch.setattr(loop, "save_latest", lambda folder, write: (saved.append(write.keywords["header"]["step"]), inner(folder, write)))
     train_run(packed, tmp_path / "always", run_config("checkpoint_every_min=1e-9", epochs=3))
     assert saved == list(range(1, 10))
     _assert_same_but_for_the_recipe(tmp_path / "always" / CHECKPOINT, straight, tmp_path)

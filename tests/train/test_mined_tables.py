@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from orl_fast.checkpoint import CHECKPOINT, read_header
+from orl_fast.distributed import Ranks
 from orl_fast.errors import MissingStageError, StaleError
 from orl_fast.methods import ORL
 from orl_fast.models import load_encoder
 from orl_fast.provenance import table_info
 from orl_fast.shards import ShardIndex, ShardReader
-from orl_fast.train import Ranks, train
-from orl_fast.train.mined import mined_overrides, open_mined, warn_if_mined_elsewhere
+from orl_fast.train.loop import train
+from orl_fast.train.run import Run, mined_overrides, open_mined, warn_if_mined_elsewhere
 from orl_fast.views import ViewLoader
 from tests.train.conftest import EACH_EPOCH, run_config, train_run, write_patches, write_tables
 
@@ -80,7 +81,7 @@ def test_patches_packed_while_a_run_exists_do_not_change_it(packed: ShardIndex, 
     tables = open_mined(packed, own, config, recorded=recorded)
     assert tables.patches is None
     assert tables.fingerprints == recorded
-    outcome = train("orl", config, index=packed, folder=tmp_path / "run", mined=tables, ranks=Ranks())
+    outcome = train(Run(method="orl", config=config, folder=tmp_path / "run", mined=tables), index=packed, ranks=Ranks())
     assert (outcome.first_step, outcome.step) == (1, 3)
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == (tmp_path / "straight" / CHECKPOINT).read_bytes()
     with pytest.raises(StaleError, match="trained with patches None, now"):

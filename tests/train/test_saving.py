@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, read_header
+from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, read_header, write_checkpoint
 from orl_fast.errors import DataError, StaleError
 from orl_fast.shards import ShardIndex
-from orl_fast.train import Outcome, saving
+from orl_fast.train import loop
+from orl_fast.train.loop import Outcome
 from orl_fast.train.saving import earlier_run
 from tests.conftest import pack
 from tests.ranks import start_rank
@@ -98,7 +99,7 @@ def test_an_error_while_saving_leaves_both(run: Path, packed: ShardIndex, monkey
     def full(*_: object, **__: object) -> None:
         raise DataError("the disk is full")
 
-    monkeypatch.setattr(saving, "write_checkpoint", full)
+    monkeypatch.setattr(loop, "write_checkpoint", full)
     with pytest.raises(DataError, match="the disk is full"):
         train_run(packed, run, run_config(*EACH_EPOCH, epochs=3))
     assert _steps(run) == [8, 6]
@@ -143,7 +144,7 @@ def _changed(path: Path, **changes: object) -> None:
     """The same checkpoint with another header."""
     values = dict(read_checkpoint(path))
     model, optimizer = values.pop("model"), values.pop("optimizer")
-    saving.write_checkpoint(path, values | changes, model=model, optimizer=optimizer)
+    write_checkpoint(path, values | changes, model=model, optimizer=optimizer)
 
 
 def test_another_runs_checkpoint_is_refused(run: Path, photo_paths: list[Path], tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_another_version_of_torch_is_a_warning(run: Path, packed: ShardIndex, ca
 def test_weights_that_do_not_fit_are_explained(run: Path, packed: ShardIndex) -> None:
     values = dict(read_checkpoint(run / CHECKPOINT))
     model = {key: value for key, value in values.pop("model").items() if "projector" not in key}
-    saving.write_checkpoint(run / CHECKPOINT, values, model=model, optimizer=values.pop("optimizer"))
+    write_checkpoint(run / CHECKPOINT, values, model=model, optimizer=values.pop("optimizer"))
     with pytest.raises(DataError, match=r"does not fit the model .*train again with --restart"):
         train_run(packed, run, run_config(*EACH_EPOCH, epochs=3))
 
