@@ -2,12 +2,8 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    from orl_fast.demo.run import Demo
 
 
 @click.command()
@@ -32,7 +28,7 @@ def command(out: Path, seed: int, fast: bool, restart: bool) -> None:
         except Stopped as stopped:
             click.echo(f"Stopped; run the same command to resume in {out}.")
             sys.exit(128 + stopped.signum)
-    _show(demo, results)
+    _show(results, folder=out, time_s=sum(demo.times_s.values()))
     if fast:
         click.echo("With --fast, scores mean nothing and are not checked.")
         return
@@ -43,7 +39,7 @@ def command(out: Path, seed: int, fast: bool, restart: bool) -> None:
     click.echo("Learned features beat random ones. Nothing is claimed about ORL against BYOL: one small run cannot decide that.")
 
 
-def _show(demo: "Demo", results: dict[str, dict[str, float]]) -> None:
+def _show(results: dict[str, dict[str, float]], *, folder: Path, time_s: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -55,8 +51,8 @@ def _show(demo: "Demo", results: dict[str, dict[str, float]]) -> None:
     console = Console(highlight=False)
     console.print("", table)
     console.print(
-        f"Chance is {100 * results['random']['chance']:.1f} %. {human_time(sum(demo.times_s.values()))} in all.\n\n"
-        f"In {demo.folder}/:\n"
+        f"Chance is {100 * results['random']['chance']:.1f} %. {human_time(time_s)} in all.\n\n"
+        f"In {folder}/:\n"
         "  pairs.png      mined pairs, to look at\n"
         "  shards/scenes  packed scenes, with the tables of stage 2 in mined/\n"
         "  runs/scenes    runs: byol/ and orl/, each with checkpoint.pt\n"

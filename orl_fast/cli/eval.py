@@ -1,6 +1,5 @@
 """`orl-fast eval NAME`: evaluate a backbone. The options of a command are the fields of its evaluation's `Options`."""
 
-import difflib
 import importlib
 import inspect
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from orl_fast.cli.group import LazyGroup
 from orl_fast.config import Section
 from orl_fast.errors import ConfigError
 from orl_fast.evals import EVALS
@@ -18,24 +18,11 @@ from orl_fast.evals import EVALS
 _FLAGS = {"num_neighbors": "neighbors", "size_px": "size"}  # a field's name, where its option has another
 
 
-class _Evals(click.Group):
-    """Loads an evaluation only when it is used."""
+class _Evals(LazyGroup):
+    table, noun = EVALS, "evaluation"
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(EVALS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return _command(cmd_name) if cmd_name in EVALS else None
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        near = difflib.get_close_matches(args[0], EVALS, n=1) if args and args[0] not in EVALS else []
-        if near:
-            ctx.fail(f"No such evaluation {args[0]!r}. Did you mean {near[0]!r}?")
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Evaluations"):
-            formatter.write_dl(list(EVALS.items()))
+    def load(self, name: str) -> click.Command:
+        return _command(name)
 
 
 @click.group(cls=_Evals)

@@ -1,12 +1,13 @@
 """`orl-fast`: finds the verb, and turns user errors into one clear message."""
 
-import difflib
 import importlib
 import os
 import sys
+from typing import cast
 
 import click
 
+from orl_fast.cli.group import LazyGroup
 from orl_fast.errors import OrlFastError
 
 VERBS = {
@@ -25,29 +26,12 @@ VERBS = {
 }
 
 
-class _Verbs(click.Group):
-    """Loads a verb's module only when it is used."""
+class _Verbs(LazyGroup):
+    table, noun = VERBS, "command"
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
-            return None
-        module = "import_" if cmd_name == "import" else cmd_name  # a keyword cannot name a module
-        command = importlib.import_module(f"orl_fast.cli.{module}").command
-        assert isinstance(command, click.Command)
-        return command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        near = difflib.get_close_matches(args[0], VERBS, n=1) if args and args[0] not in VERBS else []
-        if near:
-            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
-        return super().resolve_command(ctx, args)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+    def load(self, name: str) -> click.Command:
+        module = "import_" if name == "import" else name  # a keyword cannot name a module
+        return cast(click.Command, importlib.import_module(f"orl_fast.cli.{module}").command)
 
 
 @click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

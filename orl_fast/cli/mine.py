@@ -2,12 +2,9 @@
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import click
-
-if TYPE_CHECKING:
-    from orl_fast.distributed import DeviceChoice
 
 STEPS = ("features", "neighbors", "proposals", "rois", "pairs", "patches")
 
@@ -41,7 +38,7 @@ def command(
     annotations: Path | None,
     patches: bool,
     workers: int | None,
-    device: "DeviceChoice",
+    device: Literal["auto", "cpu", "cuda"],
     exact_limit: int | None,
     out: Path | None,
 ) -> None:

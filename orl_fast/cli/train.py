@@ -2,14 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import Literal, get_args
 
 import click
 
 from orl_fast.config import RendererName
-
-if TYPE_CHECKING:
-    from orl_fast.distributed import DeviceChoice
 
 
 @click.command()
@@ -36,7 +33,7 @@ def command(
     mined: Path | None,
     max_steps: int | None,
     restart: bool,
-    device: "DeviceChoice",
+    device: Literal["auto", "cpu", "cuda"],
     renderer: str | None,
 ) -> None:
     """Pre-train on packed images: BYOL (stage 1), then, once pairs are mined, ORL (stage 3).
