@@ -14,14 +14,9 @@ _BLOCK = 16  # kept boxes compared at once: enough for vector registers, few eno
 
 
 def pairwise_iou(a: ArrayLike, b: ArrayLike) -> NDArray[Any]:
-    """Intersection over union of every box of `a` with every box of `b`; 0 where both are empty.
+    """Intersection over union of every box of `a`, [A, 4] xyxy, with every box of `b`, [B, 4] xyxy; 0 where both are empty.
 
-    Args:
-        a: [A, 4] xyxy. b: [B, 4] xyxy.
-    Returns:
-        [A, B] float64; float32 if both are float32.
-    Raises:
-        ValueError: an argument is not [?, 4].
+    Returns [A, B] float64; float32 if both are float32. ValueError if an argument is not [?, 4].
     """
     first, second = _checked(a, "a"), _checked(b, "b")
     kind = np.float32 if first.dtype == second.dtype == np.float32 else np.float64
@@ -41,9 +36,7 @@ def nms(boxes: ArrayLike, scores: ArrayLike, iou_threshold: float) -> NDArray[np
         boxes: [P, 4] float32 or float64 xyxy (integers are taken as float32). scores: [P]; of equal ones the first row leads.
         iou_threshold: a box is dropped when it overlaps a kept one by more than this.
     Returns:
-        [R] int64, the rows kept, by descending score.
-    Raises:
-        ValueError: boxes is not [P, 4] or scores is not [P].
+        [R] int64, the rows kept, by descending score. ValueError if boxes is not [P, 4] or scores is not [P].
     """
     rows = _checked(boxes, "boxes")
     rows = np.ascontiguousarray(rows, np.float64 if rows.dtype == np.float64 else np.float32)

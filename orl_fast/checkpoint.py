@@ -34,18 +34,13 @@ FORMAT = 2
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 _HEADER = "archive/orl-fast.json"  # torch.save calls its folder so
 _FOLDER = 0x10  # as DOS marks it
-_WEIGHTS = ("model", "optimizer")
 _KEYS = {"method", "step", "num_steps", "encoder", "config", "index", "mined", "renderer", "versions"}
 _REMEDY = "use another checkpoint, or remove it and train again"
 _DAMAGE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError, TypeError)
 
 
 def write_checkpoint(path: Path, header: Mapping[str, Any], *, model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically (see the module).
-
-    Raises:
-        DataError: the disk is full, or the folder cannot be written.
-    """
+    """Write a checkpoint atomically (see the module). DataError if the disk is full, or the folder cannot be written."""
     # Through JSON, so that strings which happen to be one object do not show in the bytes: a resumed run writes what a straight one does.
     header = json.loads(json.dumps({"format": FORMAT, **header}))
     with atomic_file(path) as file:
@@ -71,8 +66,7 @@ def read_header(path: Path) -> Mapping[str, Any]:
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """The contents of a checkpoint (see the module), its checksums verified.
 
-    Raises:
-        MissingStageError: there is no such file. DataError: it is damaged, no checkpoint, or of another format.
+    MissingStageError if there is no such file, DataError if it is damaged, no checkpoint, or of another format.
     """
     with _opened(path) as archive:  # torch.load itself compares no checksums, and gives what was in memory for an entry marked as a folder
         damaged = archive.testzip() or next((entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER), None)
@@ -82,7 +76,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
         raise _damaged(path, error) from error
-    return _checked(path, values, _KEYS | set(_WEIGHTS))
+    return _checked(path, values, _KEYS | {"model", "optimizer"})
 
 
 @contextmanager

@@ -42,17 +42,15 @@ class Ranks:
 def process_group(choice: DeviceChoice = "auto") -> Iterator[Ranks]:
     """Join the group that torchrun started (NCCL on GPUs, gloo on CPUs); alone, without torchrun.
 
-    Raises:
-        ConfigError: "cuda" on a machine without a usable GPU, or with fewer GPUs than ranks.
+    ConfigError for "cuda" on a machine without a usable GPU, or with fewer GPUs than ranks.
     """
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    device = _device(choice, local_rank)
-    ranks = Ranks(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size, device=device)
+    names = ("rank", "world_size", "local_rank", "local_world_size")
+    given = {name: int(os.environ[name.upper()]) for name in names if name.upper() in os.environ}
+    device = _device(choice, given.get("local_rank", 0))
+    ranks = Ranks(**given, device=device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size == 1:
+    if ranks.world_size == 1:
         yield ranks
         return
     # gloo besides NCCL: small exchanges between hosts, which must not wait for the GPU.
@@ -92,8 +90,7 @@ class _AllReduceSum(Function):
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum over ranks, with its gradient: that of a sum which every rank uses is the sum of the ranks' gradients."""
-    total: Tensor = _AllReduceSum.apply(tensor)
-    return total
+    return _AllReduceSum.apply(tensor)  # type: ignore[no-any-return]
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -119,11 +116,7 @@ def broadcast_value(value: Any, ranks: Ranks) -> Any:
 
 
 def require_same(values: Mapping[str, Any], ranks: Ranks) -> None:
-    """Refuse to start where ranks differ: other shards, tables, recipes or checkpoints on some node.
-
-    Raises:
-        ConfigError: the first name whose value is not the same on all ranks.
-    """
+    """ConfigError where ranks differ, with the first name that does: other shards, tables, recipes or checkpoints on some node."""
     if ranks.world_size == 1:
         return
     everyone: list[Any] = [None] * ranks.world_size

@@ -42,9 +42,7 @@ def encode(
         plans: with a key each; plans of equal keys follow one another.
         skip: called with the rows of images that cannot be decoded, whose samples are left out.
     Yields:
-        A key, and features [B, D] float32.
-    Raises:
-        DataError: features are not finite.
+        A key, and features [B, D] float32. DataError if they are not finite.
     """
 
     def views(plan: ViewPlan) -> Tensor:
@@ -66,8 +64,7 @@ def encode(
 def bounded(images: range, *, num_crops: NDArray[np.int64], num_bytes: NDArray[np.int64], max_crops: int) -> Iterator[range]:
     """Cut consecutive images into ranges of at most `max_crops` crops and MAX_DECODED_BYTES each, or of a single image that exceeds them.
 
-    Args:
-        num_crops, num_bytes: [len(images)] crops of each image, and its decoded size.
+    `num_crops` and `num_bytes`, [len(images)], are the crops of each image, and its decoded size.
     """
     start, crops, size = images.start, 0, 0
     for image, more_crops, more_bytes in zip(images, num_crops.tolist(), num_bytes.tolist(), strict=True):

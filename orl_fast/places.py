@@ -11,11 +11,7 @@ RUNS_HOME = Path("runs")
 
 
 def default_shards(given: Path | None = None) -> Path:
-    """The shard folder to use: the one given (a path, or a name below shards/), else the only one below ./shards.
-
-    Raises:
-        DataError: there is none, or there are several.
-    """
+    """The shard folder to use: the one given (a path, or a name below shards/), else the only one below ./shards; DataError if not one."""
     if given is not None:
         if (given / MANIFEST_NAME).is_file() or not (SHARDS_HOME / given / MANIFEST_NAME).is_file():
             return given
@@ -41,8 +37,7 @@ def run_folder(shards: Path, method: str) -> Path:
 def stage_1_checkpoint(shards: Path) -> Path:
     """The checkpoint to mine with: BYOL's or, where there is none, that of the only run that draws no mined pairs. It need not exist.
 
-    Raises:
-        DataError: there are several such runs.
+    DataError if there are several such runs.
     """
     byol = run_folder(shards, "byol") / CHECKPOINT
     others = [path for path in sorted(byol.parent.parent.glob(f"*/{CHECKPOINT}")) if not byol.exists() and not read_header(path)["mined"]]

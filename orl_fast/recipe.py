@@ -23,11 +23,11 @@ _RENAMED = {"compat": "variant"}  # earlier names of keys
 def load_config(recipe: str | Path | None = None, *, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a run.
 
+    ConfigError if the recipe is missing or malformed, or a key or value cannot be used; the nearest key is suggested.
+
     Args:
         recipe: the name of a shipped recipe ("coco-r50", "tiny", …) or the path of a TOML file; None: the defaults.
         overrides: "train.epochs=2", or "epochs=2" where only one section has such a key.
-    Raises:
-        ConfigError: the recipe is missing or malformed, or a key or value cannot be used; the nearest key is suggested.
     """
     values = _read_recipe(recipe) if recipe is not None else {}
     return with_overrides(config_from_dict(values, where=str(recipe)), overrides)

@@ -49,8 +49,8 @@ def _describe(given: Path) -> Lines:
 def _shards(path: Path) -> Lines:
     from orl_fast.files import human_bytes
     from orl_fast.places import mined_folder
-    from orl_fast.provenance import table_info
     from orl_fast.shards import ShardIndex
+    from orl_fast.tables import table_info
 
     index = ShardIndex.open(path)
     manifest, heights, widths = index.manifest, index.heights, index.widths
@@ -73,8 +73,7 @@ def _shards(path: Path) -> Lines:
 def _table(path: Path) -> Lines:
     import numpy as np
 
-    from orl_fast.provenance import table_info
-    from orl_fast.tables import open_array
+    from orl_fast.tables import open_array, table_info
 
     info = table_info(path)
     assert info is not None  # its table.json was seen

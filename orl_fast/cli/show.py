@@ -35,10 +35,9 @@ def _common(function: Any) -> Any:
 def pairs(shards: Path | None, images: str | None, num_images: int, seed: int, mined: Path | None, neighbors: int, out: Path) -> None:
     """Each image next to its neighbors, with the best pair's two boxes in one color."""
     from orl_fast.places import default_shards, mined_folder
-    from orl_fast.provenance import open_info
     from orl_fast.report import draw_grid, pair_grid, save_picture
     from orl_fast.shards import ShardIndex
-    from orl_fast.tables import BoxTable, PairTable
+    from orl_fast.tables import BoxTable, PairTable, open_info
 
     index = ShardIndex.open(default_shards(shards))
     mined = mined or mined_folder(index.path)

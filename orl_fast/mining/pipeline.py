@@ -28,9 +28,8 @@ from orl_fast.mining.pairs import PairMiner, join_patches, pack_patches
 from orl_fast.mining.rois import MAX_PX, annotation_files, digest_files, filter_shards, join_boxes, propose_shards, save_objects
 from orl_fast.mining.step import Step, array_writer, join_arrays, open_part
 from orl_fast.models import Encoder, load_encoder
-from orl_fast.provenance import TableInfo, open_info, table_info
 from orl_fast.shards import ShardIndex
-from orl_fast.tables import BoxTable, NeighborTable, PairTable, open_array
+from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, open_array, open_info, table_info
 from orl_fast.views.patches import PATCH_SIDE_PX
 
 STEPS = ("features", "neighbors", "proposals", "rois", "pairs")

@@ -20,10 +20,9 @@ from orl_fast.errors import DataError, StaleError
 from orl_fast.files import atomic_file
 from orl_fast.mining.pairs import write_pair_shards
 from orl_fast.mining.pipeline import IMPORTED, Stage
-from orl_fast.mining.rois import annotation_files, open_boxes, rows_of_names, save_shards
-from orl_fast.provenance import TableInfo, activate, new_table, table_info
+from orl_fast.mining.rois import open_boxes, save_shards
 from orl_fast.shards import ShardIndex
-from orl_fast.tables import BoxTable, NeighborTable, PairTable
+from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, activate, new_table, table_info
 
 _REMEDY = "give another file"
 # Their names for our limits.

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from orl_fast.console import log, progress
 from orl_fast.files import atomic_file, atomic_folder
 from orl_fast.mining.executor import Executor
-from orl_fast.provenance import UNFINISHED, TableInfo, activate, table_info, tables_of, write_info
-from orl_fast.tables import open_array
+from orl_fast.mining.parts import part_path
+from orl_fast.tables import UNFINISHED, TableInfo, activate, table_info, tables_of, write_info
 
 
 @dataclass(frozen=True, kw_only=True)

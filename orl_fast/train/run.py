@@ -12,10 +12,9 @@ from orl_fast.errors import ConfigError, StaleError
 from orl_fast.methods import METHODS
 from orl_fast.models import load_encoder
 from orl_fast.places import mined_folder, run_folder, stage_1_checkpoint
-from orl_fast.provenance import TableInfo, find_table, open_info, table_info
 from orl_fast.recipe import config_from_dict, load_config, with_overrides
 from orl_fast.shards import ShardIndex
-from orl_fast.tables import BoxTable, PairTable
+from orl_fast.tables import BoxTable, PairTable, TableInfo, find_table, open_info, table_info
 from orl_fast.train.saving import earlier_run
 from orl_fast.views.mined import Mined
 from orl_fast.views.patches import PatchStore

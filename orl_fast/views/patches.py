@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.errors import DataError, StaleError
-from orl_fast.provenance import open_info
-from orl_fast.tables import open_array
-from orl_fast.views.plan import ImageSource, Rows
+from orl_fast.tables import open_array, open_info
+from orl_fast.views.batch import Rows
+from orl_fast.views.rendering import ImageSource
 
 PATCH_SIDE_PX = 128
 _REMEDY = "orl-fast mine patches"

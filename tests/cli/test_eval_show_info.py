@@ -14,10 +14,9 @@ from orl_fast.checkpoint import read_checkpoint, write_checkpoint
 from orl_fast.cli.main import cli
 from orl_fast.distributed import Ranks
 from orl_fast.errors import ConfigError, DataError, MissingStageError, OrlFastError
-from orl_fast.provenance import TableInfo, new_table
 from orl_fast.recipe import load_config
 from orl_fast.shards import ShardIndex, write_shards
-from orl_fast.tables import BoxTable, NeighborTable, PairTable
+from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, new_table
 
 
 def _run(*arguments: str | Path) -> Result:

@@ -17,9 +17,8 @@ from orl_fast.config import LoaderConfig
 from orl_fast.errors import DataError
 from orl_fast.mining.executor import Executor
 from orl_fast.models import load_encoder
-from orl_fast.provenance import table_info
 from orl_fast.shards import ShardIndex, ShardReader
-from orl_fast.tables import BoxTable
+from orl_fast.tables import BoxTable, table_info
 from orl_fast.views.normalize import normalize
 from orl_fast.views.plan import center_crops, roi_crops
 from orl_fast.views.reference import ReferenceRenderer

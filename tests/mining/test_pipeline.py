@@ -20,9 +20,8 @@ from orl_fast.errors import ConfigError, DataError, MissingStageError, StaleErro
 from orl_fast.mining.pipeline import Stage
 from orl_fast.mining.reference_json import export_neighbors, import_neighbors
 from orl_fast.mining.rois import open_boxes
-from orl_fast.provenance import table_info
 from orl_fast.shards import ShardReader, write_shards
-from orl_fast.tables import BoxTable, NeighborTable, PairTable
+from orl_fast.tables import BoxTable, NeighborTable, PairTable, table_info
 from orl_fast.views.patches import PatchStore
 
 

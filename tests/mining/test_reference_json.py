@@ -24,9 +24,8 @@ from orl_fast.mining.reference_json import (
     import_proposals,
 )
 from orl_fast.mining.rois import open_boxes
-from orl_fast.provenance import find_table, table_info
 from orl_fast.shards import ShardIndex, write_shards
-from orl_fast.tables import BoxTable, NeighborTable, PairTable
+from orl_fast.tables import BoxTable, NeighborTable, PairTable, find_table, table_info
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 from mining_world import ALL, World, files_of, mine, with_mining
 
 from orl_fast.errors import DataError
-from orl_fast.mining.executor import Executor
-from orl_fast.provenance import UNFINISHED, find_table, table_info
+from orl_fast.mining.executor import Processes
+from orl_fast.tables import UNFINISHED, find_table, table_info
 
 SMALL = with_mining(min_side_px=20)
 
@@ -121,7 +121,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from mining_world import ALL, CONFIG, with_mining
 from orl_fast.mining.pipeline import Stage
-from orl_fast.provenance import find_table, table_info
+from orl_fast.tables import find_table, table_info
 from orl_fast.shards import ShardIndex
 
 folder, settings = Path({folder!r}), [with_mining(min_side_px=20), CONFIG]

@@ -11,8 +11,8 @@ import pytest
 from orl_fast.checkpoint import CHECKPOINT
 from orl_fast.config import Config
 from orl_fast.distributed import Ranks
-from orl_fast.provenance import TableInfo, new_table
 from orl_fast.shards import ShardIndex
+from orl_fast.tables import TableInfo, new_table
 from orl_fast.train.loop import Outcome, train
 from orl_fast.train.run import Run, open_mined
 from orl_fast.train.step import TrainStep

@@ -11,8 +11,8 @@ from orl_fast.distributed import Ranks
 from orl_fast.errors import MissingStageError, StaleError
 from orl_fast.methods import ORL
 from orl_fast.models import load_encoder
-from orl_fast.provenance import table_info
 from orl_fast.shards import ShardIndex, ShardReader
+from orl_fast.tables import table_info
 from orl_fast.train.loop import train
 from orl_fast.train.run import Run, mined_overrides, open_mined, warn_if_mined_elsewhere
 from orl_fast.views import ViewLoader

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from orl_fast.errors import DataError, MissingStageError, StaleError
-from orl_fast.provenance import TableInfo, new_table
-from orl_fast.tables import BoxTable
+from orl_fast.tables import BoxTable, TableInfo, new_table
 from orl_fast.views.cpu import CpuRenderer
 from orl_fast.views.draw import Mined
 from orl_fast.views.patches import PATCH_SIDE_PX, PatchedSource, PatchStore
