@@ -70,12 +70,9 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """
     with _opened(path) as archive:  # torch.load itself compares no checksums, and gives what was in memory for an entry marked as a folder
         damaged = archive.testzip() or next((entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER), None)
-    if damaged is not None:
-        raise DataError(f"{path}: damaged ({damaged} fails its checksum); {_REMEDY}")
-    try:
+        if damaged is not None:
+            raise DataError(f"{path}: damaged ({damaged} fails its checksum); {_REMEDY}")
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
     return _checked(path, values, _KEYS | {"model", "optimizer"})
 
 
@@ -88,11 +85,8 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except _DAMAGE as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: BaseException) -> DataError:
-    return DataError(f"{path}: damaged or not a checkpoint ({(str(error) or type(error).__name__).splitlines()[0]}); {_REMEDY}")
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: damaged or not a checkpoint ({reason}); {_REMEDY}") from error
 
 
 def _checked(path: Path, values: Any, keys: set[str]) -> Mapping[str, Any]:

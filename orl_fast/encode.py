@@ -24,25 +24,18 @@ _AHEAD = 2  # rendered plans that wait for the encoder
 
 
 def encode(
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Tensor], Tensor],  # normalized float images [B, 3, H, W] → [B, D], a method of an Encoder on `device`
     renderer: Renderer,
-    plans: Iterable[tuple[Key, ViewPlan]],
+    plans: Iterable[tuple[Key, ViewPlan]],  # plans of equal keys follow one another
     *,
     batch_size: int,
     device: torch.device,
-    skip: Callable[[NDArray[np.int64]], None],
+    skip: Callable[[NDArray[np.int64]], None],  # called with the rows of images that cannot be decoded, whose samples are left out
 ) -> Iterator[tuple[Key, NDArray[np.float32]]]:
-    """Encode the one view of each sample of some plans, in order.
+    """Encode the one view of each sample of some plans, in order: yields a key, and features [B, D] float32; DataError if not finite.
 
     Batches hold `batch_size` views, the last of each key fewer: those of one key do not depend on what else is encoded. On a GPU, TF32
     and lower precisions are not used.
-
-    Args:
-        forward: normalized float images [B, 3, H, W] → [B, D], a method of an Encoder on `device`.
-        plans: with a key each; plans of equal keys follow one another.
-        skip: called with the rows of images that cannot be decoded, whose samples are left out.
-    Yields:
-        A key, and features [B, D] float32. DataError if they are not finite.
     """
 
     def views(plan: ViewPlan) -> Tensor:

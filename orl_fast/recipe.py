@@ -3,7 +3,6 @@
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from orl_fast.methods import METHODS
 
 _OWN: dict[str, Any] = {name: (method.Settings, method.Settings()) for name, method in METHODS.items() if method.Settings.model_fields}
 _Full = create_model("Config", __base__=Config, **_OWN)
+_RECIPES = Path(__file__).with_name("recipes")
 _RENAMED = {"compat": "variant"}  # earlier names of keys
 
 
@@ -73,21 +73,17 @@ def config_to_toml(config: Config) -> str:
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    folder = resources.files("orl_fast") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(path.stem for path in _RECIPES.glob("*.toml"))
 
 
 def _read_recipe(recipe: str | Path) -> dict[str, Any]:
-    if str(recipe) in recipe_names():
-        data = (resources.files("orl_fast") / "recipes" / f"{recipe}.toml").read_bytes()
-    elif Path(recipe).is_file():
-        data = Path(recipe).read_bytes()
-    else:
+    file = _RECIPES / f"{recipe}.toml" if str(recipe) in recipe_names() else Path(recipe)
+    if not file.is_file():
         hint = difflib.get_close_matches(str(recipe), recipe_names(), n=1)
         known = f"did you mean {hint[0]!r}?" if hint else f"shipped recipes: {', '.join(recipe_names())}"
         raise ConfigError(f"recipe {str(recipe)!r}: neither a shipped recipe nor a TOML file; {known}")
     try:
-        return tomllib.loads(data.decode("utf-8-sig"))
+        return tomllib.loads(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"recipe {recipe}: not UTF-8 text ({error}); save it as UTF-8") from error
     except tomllib.TOMLDecodeError as error:

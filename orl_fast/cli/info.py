@@ -96,9 +96,8 @@ def _checkpoint(path: Path) -> Lines:
     config, metrics = values["config"], path.parent / "metrics.jsonl"
     records = metrics.read_text().splitlines() if metrics.is_file() else []
     last: dict[str, Any] = json.loads(records[-1]) if records else {}
-    loss = (
-        f", epoch {last['epoch']:.4g} of {config['train']['epochs']}, loss {last['loss']:.3f}" if {"epoch", "loss"} <= last.keys() else ""
-    )
+    has_loss = {"epoch", "loss"} <= last.keys()
+    loss = f", epoch {last['epoch']:.4g} of {config['train']['epochs']}, loss {last['loss']:.3f}" if has_loss else ""
     return [
         ("checkpoint", str(path)),
         ("method", values["method"]),

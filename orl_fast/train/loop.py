@@ -47,11 +47,9 @@ class Outcome:
 def train(run: Run, *, index: ShardIndex, ranks: Ranks, restart: bool = False, max_steps: int | None = None) -> Outcome:
     """Train from scratch, or resume where an earlier call was stopped. SIGINT and SIGTERM finish the step and save.
 
-    The run folder gets checkpoint.pt and the one before, metrics.jsonl, tensorboard/, train.log and recipe.toml.
+    The run folder gets checkpoint.pt and the one before, metrics.jsonl, tensorboard/, train.log and recipe.toml; `restart` discards what it
+    holds of an earlier run. After `max_steps` in all, training stops and saves; another call resumes.
 
-    Args:
-        restart: discard what the folder holds of an earlier run.
-        max_steps: stop, and save, once so many steps are done in all; another call resumes.
     Raises:
         ConfigError: the batch does not fit the ranks or the data, or ranks differ. StaleError: the folder holds another run.
         DataError: damaged checkpoints, a full disk, another process in this folder, or weights or losses that are not finite.

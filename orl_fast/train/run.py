@@ -36,25 +36,19 @@ class Run:
 def choose_run(
     index: ShardIndex,
     *,
-    method: str | None = None,
-    recipe: str | None = None,
-    overrides: Sequence[str] = (),
-    folder: Path | None = None,
-    mined: Path | None = None,
+    method: str | None = None,  # by default the stage that comes next
+    recipe: str | None = None,  # a shipped one or a TOML file
+    overrides: Sequence[str] = (),  # "key=value"
+    folder: Path | None = None,  # by default runs/NAME/METHOD
+    mined: Path | None = None,  # by default SHARDS/mined
     restart: bool = False,
-    announce: Callable[..., None],
+    announce: Callable[..., None],  # receives what was chosen, and why, as log messages
 ) -> Run:
     """The run that a command names, completed by what lies on disk.
 
     An earlier run in the folder is resumed with its own configuration and tables. A new one takes the recipe of stage 1 where it draws
-    from mined pairs, else its method's, with the neighbors and the ratio that the pairs were mined with.
-
-    Args:
-        method: by default the stage that comes next. recipe: a shipped one or a TOML file. overrides: "key=value".
-        folder: by default runs/NAME/METHOD. mined: by default SHARDS/mined.
-        announce: receives what was chosen, and why, as log messages.
-    Raises:
-        ConfigError, MissingStageError, StaleError: see `load_config` and `open_mined`.
+    from mined pairs, else its method's, with the neighbors and the ratio that the pairs were mined with. Raises as `load_config` and
+    `open_mined`.
     """
     mined = mined or mined_folder(index.path)
     if method is None:
@@ -115,10 +109,8 @@ def warn_if_mined_elsewhere(mined: Path, checkpoint: Path) -> None:
 def open_mined(index: ShardIndex, mined: Path, config: Config, *, recorded: Mapping[str, str] | None = None) -> Mined:
     """Open RoIs, pairs and patches, and limit the pairs to the neighbors and the ratio that the configuration asks for.
 
-    Args:
-        recorded: the fingerprints of the tables that a run began with; it is resumed with those, whatever was mined since.
-    Raises:
-        MissingStageError: nothing is mined yet. StaleError: mined from other images, less than asked for, or not there any more.
+    A run is resumed with the tables that it began with, whose fingerprints are `recorded`, whatever was mined since. MissingStageError if
+    nothing is mined yet; StaleError if mined from other images, less than asked for, or not there any more.
     """
     remedy = f"orl-fast mine {index.path}"
     folders = {kind: _folder(mined, kind, recorded) for kind in ("rois", "pairs", "patches")}

@@ -53,8 +53,9 @@ class TrainStep:
                 f"train.batch_size = {config.train.batch_size}: batch norm needs two images in each of {how}; use {2 * parts} or more"
             )
         self._config, self._ranks = config, ranks
-        self._dtype = _autocast_dtype(config, ranks.device)
-        if ranks.device.type == "cuda":
+        on_gpu, precision = ranks.device.type == "cuda", config.train.precision
+        self._bf16 = precision == "bf16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
+        if on_gpu:
             torch.backends.cudnn.benchmark = True  # sizes never change
         torch.manual_seed(config.train.seed)
         self.method = METHODS[method](config)  # the module whose state a checkpoint holds
@@ -95,17 +96,10 @@ class TrainStep:
                 raise DataError(f"step {step}: {num_images} of {num_images + num_skipped} images could be decoded; run orl-fast verify")
             last = micro == config.accumulate - 1
             with contextlib.nullcontext() if last or self._model is self.method else self._model.no_sync():  # type: ignore[operator]
-                with torch.autocast(self._ranks.device.type, self._dtype, enabled=self._dtype is not None):
+                with torch.autocast(self._ranks.device.type, torch.bfloat16, enabled=self._bf16):
                     losses = self._model(batch.views)
                 (losses["loss"] / config.accumulate).backward()
             meter.add(losses, num_images=num_images, num_skipped=num_skipped)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"lr": lr, **self.method.after_step(step, num_steps)}
-
-
-def _autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """bfloat16 where asked for, or where "auto" finds a GPU that computes in it; None: float32."""
-    if config.train.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return torch.bfloat16 if config.train.precision == "bf16" else None
