@@ -96,8 +96,7 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def gather(tensor: Tensor) -> Tensor:
     """The rows of all ranks, in their order: [B, …] → [world_size * B, …], for example for negatives over the global batch.
 
-    Every rank must hold the same number of rows. Each rank's rows receive the sum of the gradients that all ranks have for them. Without
-    a process group, the tensor itself.
+    Ranks must hold equally many rows, which receive the sum of all ranks' gradients for them. Without a process group, the tensor itself.
     """
     if not dist.is_initialized():
         return tensor

@@ -34,8 +34,7 @@ def encode(
 ) -> Iterator[tuple[Key, NDArray[np.float32]]]:
     """Encode the one view of each sample of some plans, in order: yields a key, and features [B, D] float32; DataError if not finite.
 
-    Batches hold `batch_size` views, the last of each key fewer: those of one key do not depend on what else is encoded. On a GPU, TF32
-    and lower precisions are not used.
+    Batches hold `batch_size` views, the last of each key fewer: those of one key do not depend on what else is encoded. TF32 is not used.
     """
 
     def views(plan: ViewPlan) -> Tensor:

@@ -31,8 +31,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears at `path` only when the block ends without an error. A killed run leaves `path` as it was.
 
-    Links are followed; a device or a pipe is written through. The last of two simultaneous writers wins. DataError if the disk is full or
-    the folder cannot be written.
+    Links are followed; a device or a pipe is written through. Of simultaneous writers the last wins. DataError: disk full, or not writable.
     """
     with _plain_errors(path):
         if path.exists() and not path.is_file():
@@ -67,8 +66,7 @@ def locked(folder: Path, *, what: str) -> Iterator[None]:
     """Hold `folder`, which is created if it is missing, for one writer; `what` names it to the others, who get a DataError.
 
     The lock is on `folder/.lock`, which stays; only a block that fails and leaves nothing else behind removes it, with the folders created
-    here. A process that opened a removed file locks the one that replaced it. Where the file system has no locks, a warning is logged and
-    the block runs.
+    here. A process that opened a removed file locks its replacement. Without locks in the file system, the block runs after a warning.
     """
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     path = folder / LOCK_NAME

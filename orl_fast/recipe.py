@@ -21,9 +21,7 @@ _RENAMED = {"compat": "variant"}  # earlier names of keys
 
 
 def load_config(recipe: str | Path | None = None, *, overrides: Iterable[str] = ()) -> Config:
-    """The configuration of a run.
-
-    ConfigError if the recipe is missing or malformed, or a key or value cannot be used; the nearest key is suggested.
+    """The configuration of a run; ConfigError if the recipe is missing or malformed, or a key or value is wrong (with the nearest key).
 
     Args:
         recipe: the name of a shipped recipe ("coco-r50", "tiny", …) or the path of a TOML file; None: the defaults.

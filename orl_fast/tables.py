@@ -1,9 +1,8 @@
 """Mined tables: folders of memory-mapped .npy arrays, and what they were made from. Row i is image i of the shard index.
 
-They are stored as `mined/KIND`, those of other settings as `mined/KIND@FINGERPRINT`. A table folder holds its arrays and `table.json`. The
-fingerprint digests the kind, the settings and the fingerprints of the inputs; every step is deterministic up to the rounding of floats, so
-equal fingerprints mean interchangeable content. A folder that is still being filled holds `unfinished.json` instead. Finished tables and
-unfinished work are renamed, never removed.
+They are in `mined/KIND`, those of other settings as `mined/KIND@FINGERPRINT`. A table folder holds its arrays and `table.json`; while
+it is being filled, `unfinished.json` instead. Both are renamed, never removed. The fingerprint digests the kind, the settings and the
+fingerprints of the inputs; steps are deterministic up to rounding, so equal fingerprints mean interchangeable content.
 """
 
 import json

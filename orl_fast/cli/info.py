@@ -34,12 +34,9 @@ def _describe(given: Path) -> Lines:
 
     path = given if given.exists() else SHARDS_HOME / given
     path = path.parent if path.name in (MANIFEST_NAME, "table.json") else path
-    tables = sorted(path.glob("*/table.json"))
     if (path / MANIFEST_NAME).is_file():
         return _shards(path)
-    if (path / "table.json").is_file():
-        return _table(path)
-    if tables:
+    if tables := sorted(path.glob("table.json")) or sorted(path.glob("*/table.json")):
         return [line for table in tables for line in _table(table.parent)]
     if checkpoint_path(path).is_file():
         return _checkpoint(checkpoint_path(path))

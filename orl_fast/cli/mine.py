@@ -27,21 +27,10 @@ STEPS = ("features", "neighbors", "proposals", "rois", "pairs", "patches")
 @click.option("--exact-limit", type=click.IntRange(min=1), help="Images up to which neighbors are searched exactly [default: 4 million].")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Where the tables go [default: SHARDS/mined].")
 def command(
-    arguments: tuple[str, ...],
-    checkpoint: Path | None,
-    recipe: str | None,
-    overrides: tuple[str, ...],
-    neighbors: int | None,
-    pair_ratio: float | None,
-    variant: str | None,
-    proposals: str | None,
-    annotations: Path | None,
-    patches: bool,
-    workers: int | None,
-    device: Literal["auto", "cpu", "cuda"],
-    exact_limit: int | None,
-    out: Path | None,
-) -> None:
+    arguments: tuple[str, ...], checkpoint: Path | None, recipe: str | None, overrides: tuple[str, ...], neighbors: int | None,
+    pair_ratio: float | None, variant: str | None, proposals: str | None, annotations: Path | None, patches: bool, workers: int | None,
+    device: Literal["auto", "cpu", "cuda"], exact_limit: int | None, out: Path | None,
+) -> None:  # fmt: skip
     """Find each image's neighbors and corresponding RoIs (stage 2), from a stage-1 checkpoint.
 
     SHARDS is a shard folder [default: the only one below ./shards]. STEP is one of features, neighbors, proposals, rois, pairs, patches;

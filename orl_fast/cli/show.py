@@ -59,17 +59,9 @@ def pairs(shards: Path | None, images: str | None, num_images: int, seed: int, m
 @click.option("--renderer", type=click.Choice(["cpu", "reference", "gpu", "dali-cpu"]), default="cpu", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("views.png"), show_default=True)
 def views(
-    shards: Path | None,
-    images: str | None,
-    num_images: int,
-    seed: int,
-    mined: Path | None,
-    method: str | None,
-    recipe: str | None,
-    epoch: int,
-    renderer: str,
-    out: Path,
-) -> None:
+    shards: Path | None, images: str | None, num_images: int, seed: int, mined: Path | None, method: str | None, recipe: str | None,
+    epoch: int, renderer: str, out: Path,
+) -> None:  # fmt: skip
     """Each image with its crop boxes, and its views as a training with this seed and recipe sees them."""
     import numpy as np
 

@@ -24,18 +24,9 @@ from orl_fast.config import RendererName
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--renderer", type=click.Choice(get_args(RendererName)), help="View renderer; short for --set loader.renderer=NAME.")
 def command(
-    shards: Path | None,
-    method: str | None,
-    recipe: str | None,
-    epochs: int | None,
-    overrides: tuple[str, ...],
-    out: Path | None,
-    mined: Path | None,
-    max_steps: int | None,
-    restart: bool,
-    device: Literal["auto", "cpu", "cuda"],
-    renderer: str | None,
-) -> None:
+    shards: Path | None, method: str | None, recipe: str | None, epochs: int | None, overrides: tuple[str, ...], out: Path | None,
+    mined: Path | None, max_steps: int | None, restart: bool, device: Literal["auto", "cpu", "cuda"], renderer: str | None,
+) -> None:  # fmt: skip
     """Pre-train on packed images: BYOL (stage 1), then, once pairs are mined, ORL (stage 3).
 
     SHARDS is a shard folder or its name below shards/; it may be left out where there is only one. Run the same command again to resume a

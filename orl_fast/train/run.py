@@ -46,9 +46,8 @@ def choose_run(
 ) -> Run:
     """The run that a command names, completed by what lies on disk.
 
-    An earlier run in the folder is resumed with its own configuration and tables. A new one takes the recipe of stage 1 where it draws
-    from mined pairs, else its method's, with the neighbors and the ratio that the pairs were mined with. Raises as `load_config` and
-    `open_mined`.
+    An earlier run in the folder is resumed with its own configuration and tables. A new one takes the recipe of stage 1 where it draws from
+    mined pairs, else its method's, with the neighbors and the ratio of the mined pairs. Raises as `load_config` and `open_mined`.
     """
     mined = mined or mined_folder(index.path)
     if method is None:

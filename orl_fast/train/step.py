@@ -24,9 +24,8 @@ _WARMUP_RATIO = 1e-4  # of the scheduled lr, at step 0
 def learning_rate(step: int, config: Config, *, steps_per_epoch: int) -> float:
     """Cosine decay to 0 with linear warm-up (ORL, appendix A), a pure function of the 0-based step: a resumed run needs no scheduler state.
 
-    The peak is proportional to the global batch. The warm-up rises in every step and multiplies the cosine's lr. Where it is longer than
-    the run, the run ends within it. The cosine is constant within an epoch, as the reference implementation has it, or falls in every step
-    (`optim.cosine`).
+    The peak is proportional to the global batch. The warm-up rises in every step and multiplies the cosine's lr; a shorter run ends within
+    it. The cosine is constant within an epoch, as the reference implementation has it, or falls in every step (`optim.cosine`).
     """
     optim = config.optim
     per_epoch = optim.cosine == "epoch" or (optim.cosine == "auto" and config.variant == "official")
