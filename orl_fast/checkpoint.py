@@ -13,25 +13,28 @@
     renderer           what drew the views: "cpu", "gpu", "reference", "dali-cpu"
     versions           of orl-fast, torch and torchvision
 
-The header, a JSON file inside the archive, holds all but model and optimizer.
+The header, a JSON file inside the archive, holds all but model and optimizer. A run folder keeps the last two checkpoints.
 """
 
 import json
+import logging
+import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from orl_fast.console import log
 from orl_fast.errors import DataError, MissingStageError
-from orl_fast.files import atomic_file
+from orl_fast.files import atomic_file, sync_folder
 
 FORMAT = 2
-CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+CHECKPOINT, PREVIOUS, FOLLOWING = "checkpoint.pt", "checkpoint-previous.pt", ".checkpoint-following.pt"  # of a run folder
 _HEADER = "archive/orl-fast.json"  # torch.save calls its folder so
 _FOLDER = 0x10  # as DOS marks it
 _KEYS = {"method", "step", "num_steps", "encoder", "config", "index", "mined", "renderer", "versions"}
@@ -74,6 +77,39 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
             raise DataError(f"{path}: damaged ({damaged} fails its checksum); {_REMEDY}")
         values = torch.load(path, map_location="cpu", weights_only=True)
     return _checked(path, values, _KEYS | {"model", "optimizer"})
+
+
+def save_latest(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write checkpoint.pt; the one before becomes checkpoint-previous.pt once the new one is whole. Where `write` fails, both stay."""
+    latest, previous, following = folder / CHECKPOINT, folder / PREVIOUS, folder / FOLLOWING
+    write(following)
+    if latest.exists():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(latest, previous)  # not moved, so that a checkpoint.pt is there at every moment
+        except OSError:  # a file system without links
+            latest.rename(previous)
+    following.replace(latest)
+    sync_folder(folder)
+
+
+def earlier_run(folder: Path) -> Mapping[str, Any] | None:
+    """The header of the checkpoint to resume from; None where there is none. DataError if both checkpoints are damaged."""
+    return next((values for values, _ in readable_checkpoints(folder, read_header, level=logging.DEBUG)), None)
+
+
+def readable_checkpoints(
+    folder: Path, read: Callable[[Path], Mapping[str, Any]] = read_checkpoint, *, level: int = logging.WARNING
+) -> Iterator[tuple[Mapping[str, Any], Path]]:
+    """The latest checkpoints of a run folder that can be read, with their paths; a damaged one is passed over, and logged at `level`."""
+    paths = [path for path in (folder / CHECKPOINT, folder / PREVIOUS) if path.exists()]
+    for path in paths:
+        try:
+            yield read(path), path
+        except DataError as error:
+            if path == paths[-1]:
+                raise
+            log.log(level, "%s; resuming from %s", error, paths[-1].name)
 
 
 @contextmanager

@@ -13,22 +13,19 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
-import torchvision
 
-import orl_fast
-from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, write_checkpoint
+from orl_fast.checkpoint import CHECKPOINT, FOLLOWING, PREVIOUS, earlier_run, save_latest, write_checkpoint
 from orl_fast.config import Config, LoaderConfig, RendererName, digest
 from orl_fast.console import log, log_to_file, progress
 from orl_fast.distributed import Agreement, Ranks, broadcast_value, mean_over_ranks, require_same
 from orl_fast.errors import ConfigError, DataError, StaleError
-from orl_fast.files import atomic_file, locked, remove_leftovers
+from orl_fast.files import atomic_file, locked, remove_leftovers, require_free_space
 from orl_fast.methods import METHODS, Method
 from orl_fast.models.encoder import is_finite, weights_digest
-from orl_fast.recipe import config_to_dict, config_to_toml
+from orl_fast.recipe import config_to_toml
 from orl_fast.shards import ShardIndex
 from orl_fast.train.metrics import Meter, MetricsLog
-from orl_fast.train.run import RECIPE, Run
-from orl_fast.train.saving import earlier_run, require_checkpoint_space, restore, save_latest
+from orl_fast.train.run import RECIPE, Run, restore, run_header
 from orl_fast.train.step import TrainStep, learning_rate
 from orl_fast.views.loader import ViewLoader
 from orl_fast.views.sampler import Sampler
@@ -73,7 +70,7 @@ def train(run: Run, *, index: ShardIndex, ranks: Ranks, restart: bool = False, m
         if ranks.device.type == "cpu":
             torch.set_num_threads(ranks.num_threads)  # sums depend on it: the cores decide, not what ran before, nor torchrun's one thread
         train_step = TrainStep(run.method, config, ranks=ranks)
-        header = _header(run, train_step.method, index=index.fingerprint, renderer=renderer, num_steps=num_steps)
+        header = run_header(run, train_step.method, index=index.fingerprint, renderer=renderer, num_steps=num_steps)
         first_step = 0 if restart else restore(folder, header, method=train_step.method, optimizer=train_step.optimizer)
         _require_same_start(header, train_step.method, first_step, ranks)
         last_step = num_steps if max_steps is None else min(max_steps, num_steps)
@@ -86,7 +83,7 @@ def train(run: Run, *, index: ShardIndex, ranks: Ranks, restart: bool = False, m
         metrics: MetricsLog | None = None
         advance: Callable[..., None] = _silent
         if ranks.is_main:
-            require_checkpoint_space(folder, method=train_step.method)
+            _require_checkpoint_space(folder, train_step.method)
             _prepare_folder(run, restart=restart)
             stack.enter_context(log_to_file(folder / "train.log"))
             _announce(header, config, first_step=first_step, num_images=len(index), ranks=ranks)
@@ -162,26 +159,6 @@ def _chosen_renderer(folder: Path | None, open_loader: Callable[..., ViewLoader]
     return cast(RendererName, kind)
 
 
-def _header(run: Run, method: Method, *, index: str, renderer: str, num_steps: int) -> dict[str, Any]:
-    """What makes this run this run: the header of its checkpoints, before the first step."""
-    prefix = next(name for name, module in method.named_modules() if module is method.online)
-    return {
-        "method": run.method,
-        "step": 0,
-        "num_steps": num_steps,
-        "encoder": {**method.online.description, "prefix": f"{prefix}."},
-        "config": config_to_dict(run.config),
-        "index": index,
-        "mined": dict(run.mined.fingerprints) if run.mined else {},
-        "renderer": renderer,
-        "versions": {
-            "orl-fast": orl_fast.__version__,
-            "torch": torch.__version__.split("+")[0],
-            "torchvision": torchvision.__version__.split("+")[0],
-        },
-    }
-
-
 def _require_same_start(header: Mapping[str, Any], method: Method, first_step: int, ranks: Ranks) -> None:
     common = {
         "the step to start from": first_step,
@@ -215,6 +192,15 @@ def _prepare_folder(run: Run, *, restart: bool) -> None:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     with atomic_file(folder / RECIPE) as file:
         file.write(config_to_toml(run.config).encode())
+
+
+def _require_checkpoint_space(folder: Path, method: Method) -> None:
+    """DataError if a run's checkpoints will not fit: the last two stay until a third is whole."""
+    state = sum(value.nbytes for value in method.state_dict().values())
+    momenta = sum(value.nbytes for value in method.parameters() if value.requires_grad)
+    files = [folder / name for name in (CHECKPOINT, PREVIOUS, FOLLOWING)]
+    there = sum(file.stat().st_size for file in files if file.exists())
+    require_free_space(folder, num_bytes=max(0, 3 * (state + momenta) - there), purpose="three checkpoints (two kept, one being written)")
 
 
 def _announce(header: Mapping[str, Any], config: Config, *, first_step: int, num_images: int, ranks: Ranks) -> None:

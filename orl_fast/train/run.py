@@ -1,25 +1,35 @@
-"""Which run a command is about: its method, configuration, folder, and the tables of stage 2 that its views are cut from."""
+"""Which run a command is about: its method, configuration, folder and tables of stage 2; and resuming it from its checkpoints alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orl_fast.checkpoint import CHECKPOINT
+import torch
+import torchvision
+
+import orl_fast
+from orl_fast.checkpoint import CHECKPOINT, earlier_run, readable_checkpoints
 from orl_fast.config import Config
 from orl_fast.console import log
-from orl_fast.errors import ConfigError, StaleError
-from orl_fast.methods import METHODS
+from orl_fast.errors import ConfigError, DataError, StaleError
+from orl_fast.methods import METHODS, Method
 from orl_fast.models import load_encoder
 from orl_fast.places import mined_folder, run_folder, stage_1_checkpoint
-from orl_fast.recipe import config_from_dict, load_config, with_overrides
+from orl_fast.recipe import config_from_dict, config_to_dict, load_config, with_overrides
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable, PairTable, TableInfo, find_table, open_info, table_info
-from orl_fast.train.saving import earlier_run
 from orl_fast.views.mined import Mined
 from orl_fast.views.patches import PatchStore
 
 RECIPE = "recipe.toml"
+# What may change between the parts of a run, since it changes no result. The renderer, and patches, have checks of their own.
+_FREE = {
+    *("train.log_every_steps", "train.checkpoint_every_epochs", "train.checkpoint_every_min", "train.keep_every_epochs"),
+    *(f"loader.{key}" for key in ("renderer", "num_threads", "prefetch", "source", "use_patches")),
+}
+_LIMITS = {"mining.num_neighbors", "mining.pair_ratio"}  # of the mined pairs in use; the rest of `mining` is in the tables' fingerprints
+_REMEDY = "start from scratch with --restart, or use another folder with --out"
 _STAGES = {"byol": "stage 1, BYOL", "orl": "stage 3, ORL"}
 
 
@@ -149,3 +159,79 @@ def _limited(pairs: PairTable, rois: BoxTable, info: TableInfo, config: Config) 
     if all(info.settings.get(name, value) == value for name, value in asked.items()) and num_neighbors == pairs.neighbors.shape[1]:
         return pairs
     return pairs.limited(rois, num_neighbors=num_neighbors, pair_ratio=pair_ratio, variant=config.variant)
+
+
+def run_header(run: Run, method: Method, *, index: str, renderer: str, num_steps: int) -> dict[str, Any]:
+    """What makes this run this run: the header of its checkpoints (see `orl_fast.checkpoint`), before the first step."""
+    prefix = next(name for name, module in method.named_modules() if module is method.online)
+    return {
+        "method": run.method,
+        "step": 0,
+        "num_steps": num_steps,
+        "encoder": {**method.online.description, "prefix": f"{prefix}."},
+        "config": config_to_dict(run.config),
+        "index": index,
+        "mined": dict(run.mined.fingerprints) if run.mined else {},
+        "renderer": renderer,
+        "versions": {
+            "orl-fast": orl_fast.__version__,
+            "torch": torch.__version__.split("+")[0],
+            "torchvision": torchvision.__version__.split("+")[0],
+        },
+    }
+
+
+def restore(folder: Path, header: Mapping[str, Any], *, method: Method, optimizer: torch.optim.Optimizer) -> int:
+    """Load the latest state that is not damaged into method and optimizer; returns the steps done, 0 where there is none.
+
+    StaleError if the checkpoint is of a run with another header, DataError if both checkpoints are damaged.
+    """
+    for values, path in readable_checkpoints(folder):
+        _check_same_run(path, values, header)
+        try:
+            method.load_state_dict(values["model"])
+            optimizer.load_state_dict(values["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise DataError(f"{path}: does not fit the model ({str(error).splitlines()[0]}); train again with --restart") from error
+        return int(values["step"])
+    return 0
+
+
+def _check_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if then["method"] != now["method"]:
+        raise StaleError(f"{path}: holds a {then['method']} run, this is {now['method']}; {_REMEDY}")
+    if then["index"] != now["index"]:
+        raise StaleError(f"{path}: trained on shards {then['index']}, these are {now['index']}; {_REMEDY}")
+    for name in sorted(then["mined"].keys() | now["mined"].keys()):
+        if then["mined"].get(name) != now["mined"].get(name):
+            raise StaleError(f"{path}: trained with {name} {then['mined'].get(name)}, now {now['mined'].get(name)}; {_REMEDY}")
+    if then["renderer"] != now["renderer"]:
+        how = f"its views are rendered by {then['renderer']}, {now['renderer']} is asked for"
+        raise StaleError(f"{path}: {how}; leave --renderer out, or {_REMEDY}")
+    try:
+        recorded = _flat(config_to_dict(config_from_dict(then["config"], where=str(path))))
+    except ConfigError as error:
+        raise StaleError(f"{path}: its configuration is of another version of orl-fast ({error}); {_REMEDY}") from error
+    asked = _flat(now["config"])
+    changed = [
+        f"{key} = {recorded[key]} then, {asked[key]} now" for key in recorded if recorded[key] != asked[key] and not _is_free(key, now)
+    ]
+    if changed:
+        raise StaleError(f"{path}: the run was configured differently ({'; '.join(changed)}); {_REMEDY}")
+    for name, version in now["versions"].items():
+        former = then["versions"].get(name)
+        if former != version:
+            log.warning("%s: written by %s %s, this is %s; results may differ in last digits", path, name, former, version)
+
+
+def _is_free(key: str, header: Mapping[str, Any]) -> bool:
+    if key.startswith("mining."):
+        return not header["mined"] or key not in _LIMITS
+    return key in _FREE or (key == "loader.hw_decoder_load" and header["renderer"] != "gpu")
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+    return flat

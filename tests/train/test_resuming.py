@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 
-from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, read_header, write_checkpoint
+from orl_fast.checkpoint import CHECKPOINT, PREVIOUS, earlier_run, read_checkpoint, read_header, write_checkpoint
 from orl_fast.errors import DataError, StaleError
 from orl_fast.shards import ShardIndex
 from orl_fast.train import loop
 from orl_fast.train.loop import Outcome
-from orl_fast.train.saving import earlier_run
 from tests.conftest import pack
 from tests.ranks import start_rank
 from tests.train.conftest import EACH_EPOCH, run_config, train_run
