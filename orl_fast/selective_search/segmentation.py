@@ -78,8 +78,8 @@ def _weigh_edges(blurred: Array, edges: Array) -> None:
             for x in range(count):
                 total = float32(0)
                 for c in range(3):
-                    difference = np.float64(other[x, c] - row[x, c])
-                    total = float32(np.float64(total) + difference * difference)
+                    difference = other[x, c] - row[x, c]
+                    total += difference * difference
                 weight[x] = np.sqrt(total)
             out = edges[n : n + count]
             for x in range(count):
