@@ -5,6 +5,10 @@ and likewise for B. What the three scales k decide alike is decided once: a *cor
 edge on which they differ freezes both cores, and the edges that are left, between cores, are replayed for each k. This is exact: up to
 that edge a frozen core is the same component in all three runs, every later edge that touches it is replayed, and of several edges
 between the same two cores only the first can decide anything (accepted, it makes the others inner edges; rejected, one side is final).
+
+The order of equal weights cannot change what the criterion joins, but it can decide which neighbor a region below the minimum size joins
+afterwards. OpenCV's order is what the unstable std::sort leaves. Where it matters (in flat, drawn and posterized images), the edges are
+sorted once more by cv2.sortIdx, which is the same std::sort.
 """
 
 from dataclasses import dataclass
@@ -56,7 +60,15 @@ def segment(image: Array, scratch: Scratch) -> Segmentations:
     num_pairs = _grow_cores(ordered, width, parent, state, pairs, weights)
     core_of_pixel = scratch.take("cores", (num_pixels,), np.uint32)
     sizes, last, num_pairs = _number_cores(parent, state, pairs[:num_pairs], weights[:num_pairs], core_of_pixel)
-    found = [_segment_cores(sizes, last, pairs[:num_pairs], weights[:num_pairs], np.float32(k)) for k in SCALES]
+    pairs, weights, in_order = pairs[:num_pairs], weights[:num_pairs], False
+    found: list[tuple[Array, int]] = []
+    while len(found) < len(SCALES):
+        labels, count = _segment_cores(sizes, last, pairs, weights, np.float32(SCALES[len(found)]), in_order)
+        if count:
+            found.append((labels, count))
+        else:  # the order of equal weights matters
+            pairs, weights = _pairs_in_order(blurred, core_of_pixel.reshape(height, width))
+            in_order = True
     atom_of_core, regions = _intersect(found[0][0], found[1][0], found[2][0], found[0][1])
     atoms = scratch.take("atoms", (num_pixels,), np.uint32)
     np.take(atom_of_core, core_of_pixel, out=atoms, mode="clip")
@@ -230,15 +242,37 @@ def _number_cores(parent: Array, state: Array, pairs: Array, weights: Array, cor
     return sizes[:n].copy(), last[:n].copy(), m
 
 
+def _pairs_in_order(blurred: Array, core_of_pixel: Array) -> tuple[Array, Array]:
+    """All pairs of adjacent pixels of two cores, as core << 32 | core, and their weights, in the order of OpenCV's sort.
+
+    OpenCV lists the edges pixel by pixel: up, left, down and right, so each twice.
+    """
+    shape = (*core_of_pixel.shape, 4)
+    weights, others = np.full(shape, np.nan, np.float32), np.empty(shape, np.uint32)
+    for near, far, to_near, to_far in ((np.s_[:-1], np.s_[1:], 2, 0), (np.s_[:, :-1], np.s_[:, 1:], 3, 1)):
+        squares = (blurred[near] - blurred[far]) ** 2
+        weights[near][..., to_near] = weights[far][..., to_far] = np.sqrt(squares[..., 0] + squares[..., 1] + squares[..., 2])
+        others[near][..., to_near], others[far][..., to_far] = core_of_pixel[far], core_of_pixel[near]
+    exists = ~np.isnan(weights)
+    weights, others = weights[exists], others[exists]
+    cores = np.broadcast_to(core_of_pixel[..., None], shape)[exists]
+    order = cv2.sortIdx(weights[None], cv2.SORT_EVERY_ROW)[0]
+    order = order[(cores != others)[order]]
+    return (cores[order].astype(np.uint64) << np.uint64(32)) | others[order], weights[order]
+
+
 @nb.njit(cache=True, nogil=True, error_model="numpy")
-def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: np.float32) -> tuple[Array, int]:
-    """The segmentation for one k: join cores by the criterion, then regions below the minimum size; [C] uint32 labels, their number."""
+def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: np.float32, in_order: bool) -> tuple[Array, int]:
+    """The segmentation for one k: join cores by the criterion, then regions below the minimum size; [C] uint32 labels, their number.
+
+    The number is 0 if the order of equal weights matters and they are not in OpenCV's order.
+    """
     num_cores = len(sizes)
     parent, size = np.arange(num_cores).astype(np.uint32), sizes.copy()
     threshold = np.empty(num_cores, np.float32)
     for i in range(num_cores):
         threshold[i] = last[i] + k / float32(size[i])
-    left, n = np.empty(len(pairs) + 1, np.uint64), 0
+    left, left_weights, n = np.empty(len(pairs) + 1, np.uint64), np.empty(len(pairs) + 1, np.float32), 0
     first, second, weight = np.empty(_BLOCK + 1, np.uint32), np.empty(_BLOCK + 1, np.uint32), np.empty(_BLOCK + 1, np.float32)
     for start in range(0, len(pairs), _BLOCK):
         block_pairs, block_weights = pairs[start : start + _BLOCK], weights[start : start + _BLOCK]
@@ -252,7 +286,7 @@ def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: n
         for i in range(live):
             a, b, w = _root(parent, first[i]), _root(parent, second[i]), weight[i]
             if w > min(threshold[a], threshold[b]):
-                left[n] = (uint64(a) << uint64(32)) | uint64(b)
+                left[n], left_weights[n] = (uint64(a) << uint64(32)) | uint64(b), w
                 n += a != b
             elif a != b:
                 if size[a] < size[b]:
@@ -263,16 +297,33 @@ def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: n
     m = 0
     for i in range(n):  # sizes only grow: what is large enough now stays out
         a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
-        left[m] = (uint64(a) << uint64(32)) | uint64(b)
+        left[m], left_weights[m] = (uint64(a) << uint64(32)) | uint64(b), left_weights[i]
         m += (a != b) & (min(size[a], size[b]) < MIN_SIZE_PX)
-    for i in range(m):
-        a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
-        if a != b and min(size[a], size[b]) < MIN_SIZE_PX:
-            if size[a] < size[b]:
-                a, b = b, a
-            parent[b] = a
-            size[a] += size[b]
-    number, label = np.full(num_cores, _NONE), np.empty(num_cores, np.uint32)
+    label = np.full(num_cores, _NONE)  # for now of a small region its neighbor over edges of the current weight
+    start = 0
+    while start < m:
+        stop = start + 1
+        while stop < m and left_weights[stop] == left_weights[start]:
+            stop += 1
+        if stop - start > 1 and not in_order:  # the order matters to a small region with two neighbors to join
+            for clear in (True, False):
+                for i in range(start, stop):
+                    a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
+                    if a != b:
+                        for one, other in ((a, b), (b, a)):
+                            if size[one] < MIN_SIZE_PX:
+                                if not clear and label[one] != _NONE and label[one] != other:
+                                    return label, 0
+                                label[one] = _NONE if clear else other
+        for i in range(start, stop):
+            a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
+            if a != b and min(size[a], size[b]) < MIN_SIZE_PX:
+                if size[a] < size[b]:
+                    a, b = b, a
+                parent[b] = a
+                size[a] += size[b]
+        start = stop
+    number = np.full(num_cores, _NONE)
     count = 0
     for i in range(num_cores):
         root = _root(parent, i)

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 import pytest
-from drawn_photos import draw_photo
+from drawn_photos import draw_flat, draw_photo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +32,13 @@ def test_equals_opencvs_graph_segmentation(conversion: int) -> None:
 @pytest.mark.parametrize("shape", [(60, 90), (1, 300), (300, 1)])
 def test_equals_opencvs_graph_segmentation_on_noise(shape: tuple[int, int]) -> None:
     _check(np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8), Scratch())
+
+
+@pytest.mark.parametrize("kind", ["ramp", "steep ramp", "checks", "cells", "shapes", "poster"])
+def test_equals_opencvs_graph_segmentation_where_weights_are_equal(kind: str) -> None:
+    """Regions below the minimum size join their neighbors in the order in which std::sort leaves equal weights."""
+    for conversion in (cv2.COLOR_RGB2HSV, cv2.COLOR_RGB2LAB):
+        _check(cv2.cvtColor(draw_flat(kind), conversion), Scratch())
 
 
 @settings(max_examples=30, deadline=None)
