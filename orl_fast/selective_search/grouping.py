@@ -1,9 +1,11 @@
 """Hierarchical grouping of regions (Uijlings et al., IJCV 2013, section 3.1 and 3.2), in OpenCV's arithmetic.
 
 The two most similar neighbors merge until none are left; every region met on the way is a proposal. Sums run in float32 in the order of the
-bins and in the order color, fill, texture, size: the last bit decides between close pairs.
+bins and in the order color, fill, texture, size: the last bit decides between close pairs. Of equally similar pairs, OpenCV merges the last
+one of its list, which the unstable std::sort orders before each merge. Where there are any, that list is kept as well.
 """
 
+import cv2
 import numba as nb
 import numpy as np
 from numba import float32, int32, uint32, uint64
@@ -21,7 +23,13 @@ _BLOCK = 256  # similarities whose maximum is kept, so that the search for the l
 def propose_regions(atoms: Atoms, region_of_atom: Array, num_regions: int, area: int) -> tuple[Array, Array]:
     """All proposals of one segmentation under both strategies: boxes [P, 4] int32 xyxy and levels [P] int32, leaves first."""
     regions = _sum_atoms(atoms.counts, atoms.zero_bins, atoms.sizes, atoms.boxes, atoms.pairs, region_of_atom, num_regions)
-    boxes, levels = zip(*(_group(*regions, area, with_color) for with_color in (True, False)), strict=True)
+    boxes, levels = [], []
+    for with_color in (True, False):
+        found = _group(*regions, area, with_color)
+        if len(found[0]) == 0:  # equal similarities
+            found = _group_as_listed(*regions, area, with_color)
+        boxes.append(found[0])
+        levels.append(found[1])
     return np.concatenate(boxes), np.concatenate(levels)
 
 
@@ -124,26 +132,6 @@ def _merge(a: int, b: int, into: int, histograms: Array, sizes: Array, boxes: Ar
 
 
 @nb.njit(cache=True, nogil=True)
-def _link(links, head, region, half):  # type: ignore[no-untyped-def]
-    """Put a half-edge at the head of a region's list; links: [2 E, 2] next and previous."""
-    links[half, 0], links[half, 1] = head[region], _NONE
-    if head[region] != _NONE:
-        links[head[region], 1] = half
-    head[region] = half
-
-
-@nb.njit(cache=True, nogil=True)
-def _unlink(links, head, region, half):  # type: ignore[no-untyped-def]
-    following, previous = links[half, 0], links[half, 1]
-    if following != _NONE:
-        links[following, 1] = previous
-    if previous != _NONE:
-        links[previous, 0] = following
-    else:
-        head[region] = following
-
-
-@nb.njit(cache=True, nogil=True)
 def _refresh_peak(peaks: Array, bits: Array, block: int) -> None:
     peak = int32(-1)
     for value in bits[block * _BLOCK : (block + 1) * _BLOCK]:
@@ -153,21 +141,26 @@ def _refresh_peak(peaks: Array, bits: Array, block: int) -> None:
 
 @nb.njit(cache=True, nogil=True)
 def _most_similar(peaks, bits):  # type: ignore[no-untyped-def]
-    """The edge with the largest similarity, the first of equals; -1 if none is left. Floats >= 0 order like their bits."""
-    block = np.argmax(peaks)
-    if peaks[block] < 0:
-        return -1
-    edge = block * _BLOCK
-    while bits[edge] != peaks[block]:
-        edge += 1
-    return edge
+    """The edge with the largest similarity; -1 if none is left, -2 if there are several. Floats >= 0 order like their bits."""
+    first = np.argmax(peaks)
+    peak, found = peaks[first], -1
+    if peak >= 0:
+        for block in range(first, len(peaks)):
+            if peaks[block] == peak:
+                for edge in range(block * _BLOCK, (block + 1) * _BLOCK):
+                    if bits[edge] == peak:
+                        if found >= 0:
+                            return -2
+                        found = edge
+    return found
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
 def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: int, with_color: bool) -> tuple[Array, Array]:
     """Merge until no neighbors are left (algorithm 1): boxes [2 R - 1, 4] and levels, leaves first, then merges in order.
 
-    Edges lie in fixed slots; half-edge 2 e belongs to one end of edge e, 2 e + 1 to the other; each region has a list of its half-edges.
+    Edges lie in fixed slots; half-edge 2 e belongs to one end of edge e, 2 e + 1 to the other; each region has a list of its half-edges,
+    those of dead edges included. Nothing is returned if two pairs are equally similar when they are the next to merge.
     """
     num_regions, num_edges = len(sizes), len(pairs)
     histograms, sizes, boxes = histograms.copy(), sizes.copy(), boxes.copy()
@@ -176,25 +169,23 @@ def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: in
     all_boxes[:num_regions] = boxes
     n = num_regions
     num_blocks = max(1, (num_edges + _BLOCK - 1) // _BLOCK)
-    ends, links = np.empty(2 * num_edges, np.uint32), np.empty((2 * num_edges, 2), np.uint32)
+    ends, following = np.empty(2 * num_edges, np.uint32), np.empty(2 * num_edges, np.uint32)
     head, seen = np.full(num_regions, _NONE), np.full(num_regions, -1)
     similarities = np.empty(num_blocks * _BLOCK, np.float32)
     bits, peaks = similarities.view(np.int32), np.empty(num_blocks, np.int32)
-    bits[:] = -1
+    bits[:] = -1  # dead
     for edge in range(num_edges):
-        a, b = uint32(pairs[edge] >> uint64(32)), uint32(pairs[edge] & uint64(0xFFFFFFFF))
-        ends[2 * edge], ends[2 * edge + 1] = a, b
-        _link(links, head, a, uint32(2 * edge))
-        _link(links, head, b, uint32(2 * edge + 1))
+        ends[2 * edge], ends[2 * edge + 1] = uint32(pairs[edge] >> uint64(32)), uint32(pairs[edge] & uint64(0xFFFFFFFF))
+        for half in (2 * edge, 2 * edge + 1):
+            following[half] = head[ends[half]]
+            head[ends[half]] = half
     todo = np.arange(num_edges + 3).astype(np.uint32)
     if num_edges:
         _compare(todo, num_edges, ends, histograms, sizes, boxes, area, with_color, similarities)
     for block in range(num_blocks):
         _refresh_peak(peaks, bits, block)
-    while True:
-        best = _most_similar(peaks, bits)
-        if best < 0:
-            return all_boxes[:n], all_levels[:n]
+    best = _most_similar(peaks, bits)
+    while best >= 0:
         a, b = ends[2 * best], ends[2 * best + 1]
         merged = min(a, b)
         _merge(a, b, merged, histograms, sizes, boxes)
@@ -203,26 +194,50 @@ def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: in
         n += 1
         lists = (head[a], head[b])
         head[merged] = _NONE
+        num_todo = 0
         for half in lists:
             while half != _NONE:
-                following, other = links[half, 0], ends[half ^ uint32(1)]
-                edge = half >> uint32(1)
+                other, edge, next_half = ends[half ^ uint32(1)], half >> uint32(1), following[half]
                 if edge == best or seen[other] == n:  # the merged edge itself, or a neighbor of both
                     bits[edge] = -1
                     _refresh_peak(peaks, bits, edge // uint32(_BLOCK))
-                    if edge != best:
-                        _unlink(links, head, other, half ^ uint32(1))
-                else:
+                elif bits[edge] >= 0:
                     seen[other] = n
-                    ends[half] = merged
-                    _link(links, head, merged, half)
-                half = following
-        num_todo, half = 0, head[merged]
-        while half != _NONE:
-            todo[num_todo] = half >> uint32(1)
-            num_todo += 1
-            half = links[half, 0]
+                    ends[half], following[half], head[merged] = merged, head[merged], half
+                    todo[num_todo] = edge
+                    num_todo += 1
+                half = next_half
         if num_todo:
             _compare(todo, num_todo, ends, histograms, sizes, boxes, area, with_color, similarities)
         for edge in todo[:num_todo]:
             _refresh_peak(peaks, bits, edge // uint32(_BLOCK))
+        best = _most_similar(peaks, bits)
+    n *= best == -1
+    return all_boxes[:n], all_levels[:n]
+
+
+def _group_as_listed(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: int, with_color: bool) -> tuple[Array, Array]:
+    """`_group` with OpenCV's list of edges: each merge takes the last one after sorting and puts those of the merged region at the end."""
+    histograms, sizes, boxes = histograms.copy(), sizes.copy(), boxes.copy()
+    all_boxes, all_levels, levels = [boxes.copy()], [1] * len(sizes), [1] * len(sizes)
+    ends = np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32)
+    similarities, num_new = np.empty(len(ends), np.float32), len(ends)
+    while len(ends):
+        if num_new:
+            todo = np.arange(len(ends) - num_new, len(ends) + 3, dtype=np.uint32)
+            _compare(todo, num_new, ends.reshape(-1), histograms, sizes, boxes, area, with_color, similarities)
+        order = cv2.sortIdx(similarities[None], cv2.SORT_EVERY_ROW)[0]
+        a, b = ends[order[-1]].tolist()
+        ends, similarities = ends[order[:-1]], similarities[order[:-1]]
+        merged = min(a, b)
+        _merge(a, b, merged, histograms, sizes, boxes)
+        levels[merged] = max(levels[a], levels[b]) + 1
+        all_boxes.append(boxes[merged : merged + 1].copy())
+        all_levels.append(levels[merged])
+        at_first, touches = (ends[:, 0] == a) | (ends[:, 0] == b), ((ends == a) | (ends == b)).any(1)
+        neighbors = list(dict.fromkeys(np.where(at_first, ends[:, 1], ends[:, 0])[touches].tolist()))
+        num_new = len(neighbors)
+        new = np.array([(merged, neighbor) for neighbor in neighbors], np.uint32).reshape(-1, 2)
+        ends = np.concatenate([ends[~touches], new])
+        similarities = np.concatenate([similarities[~touches], np.empty(num_new, np.float32)])
+    return np.concatenate(all_boxes), np.array(all_levels, np.int32)

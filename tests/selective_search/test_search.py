@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from drawn_photos import draw_photo
+from drawn_photos import draw_flat, draw_photo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -42,6 +42,13 @@ def test_finds_opencvs_boxes_on_a_panorama() -> None:
     photo = draw_photo(5, width=440, height=300)[100:190]
     for image in (photo, np.ascontiguousarray(photo.transpose(1, 0, 2))):
         assert _set(selective_search(image, seed=1)) == _set(selective_search(image, seed=1, backend="opencv"))
+
+
+@pytest.mark.parametrize("kind", ["ramp", "steep ramp", "checks", "cells", "shapes", "poster"])
+def test_finds_opencvs_boxes_where_edges_and_regions_are_alike(kind: str) -> None:
+    """Of equal edges and of equally similar regions, std::sort decides which come first."""
+    image = draw_flat(kind)
+    assert _set(selective_search(image, seed=1)) == _set(selective_search(image, seed=1, backend="opencv"))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (2, 2), (2, 90), (16, 16), (16, 400), (120, 90)])
