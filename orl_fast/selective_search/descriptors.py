@@ -2,27 +2,26 @@
 
 Texture is four derivatives per channel (Scharr, along the axes and the diagonals), each split into its positive and its negative part, each
 part scaled over the whole image to 0-255 and put into 10 bins. A pixel is in one part only, so here one signed code of 20 values stands
-for both; `region_histograms` unfolds it. Everything is counted once on atoms (see `segmentation`) and summed for each segmentation.
+for both; `grouping` unfolds it. Everything is counted once on atoms (see `segmentation`) and summed for each segmentation.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import cv2
 import numba as nb
 import numpy as np
 from numba import float32, int32, uint32, uint64
 
-from orl_fast.selective_search.gradients import derivatives, extrema
 from orl_fast.selective_search.scratch import Array, Scratch
+from orl_fast.selective_search.segmentation import RECENT, remember_pair
 
 COLOR_BINS, TEXTURE_BINS = 25, 10
 _COLOR = 3 * COLOR_BINS  # length of a color histogram
-_TEXTURE = 3 * 4 * 2 * TEXTURE_BINS  # channels x derivatives x signs x bins
-_CODES = _COLOR + _TEXTURE
+_CODES = _COLOR + 3 * 4 * 2 * TEXTURE_BINS  # channels x derivatives x signs x bins
 _BINS_PER_LEVEL = np.float32(TEXTURE_BINS / 256)  # exact, and so is its product with 0 to 255
 
 
-@dataclass(frozen=True, kw_only=True)
-class Atoms:
+class Atoms(NamedTuple):
     """Properties of A atoms.
 
     Attributes:
@@ -42,15 +41,42 @@ class Atoms:
 def describe_atoms(image: Array, atoms: Array, num_atoms: int, scratch: Scratch) -> Atoms:
     """Describe the atoms [H, W] of an image [H, W, 3] uint8."""
     planes = derivatives(image, scratch)
-    low, high = np.empty(12, np.float64), np.empty(12, np.float64)
-    for i, plane in enumerate(planes):
-        low[i::4], high[i::4] = extrema(plane)
-    scales, zero_bins = _part_scales(low, high)
+    low = np.stack([cv2.reduce(plane, 0, cv2.REDUCE_MIN) for plane in planes]).reshape(4, -1, 3).min(1)
+    high = np.stack([cv2.reduce(plane, 0, cv2.REDUCE_MAX) for plane in planes]).reshape(4, -1, 3).max(1)
+    scales, zero_bins = _part_scales(low.T.reshape(-1).astype(np.float64), high.T.reshape(-1).astype(np.float64))
     counts = scratch.take("counts", (num_atoms, _CODES), np.int32)
-    dx, dy, diagonal_x, diagonal_y = planes
-    _count_codes(image.reshape(len(image), -1), dx, dy, diagonal_x, diagonal_y, scales, atoms, counts)
-    sizes, boxes, pairs = _geometry(atoms, num_atoms)
-    return Atoms(counts=counts, zero_bins=zero_bins, sizes=sizes, boxes=boxes, pairs=pairs)
+    _count_codes(image.reshape(len(image), -1), planes, scales, atoms, counts)
+    return Atoms(counts, zero_bins, *_geometry(atoms, num_atoms))
+
+
+def derivatives(image: Array, scratch: Scratch) -> Array:
+    """[4, H, 3 W] float32 of an image [H, W, 3] uint8, channels interleaved: dx, dy and both diagonals, in the scratch buffers.
+
+    The diagonal ones are Scharr derivatives of the image rotated by 45 degrees and rounded to uint8, rotated back about a whole pixel and
+    cropped by half the difference in size, both ways bilinear with zeros outside. OpenCV rotates the whole bounding box back, twice the
+    image; here cv2.remap samples the image's part, at coordinates rounded as cv2.warpAffine rounds them: equal to the last bit.
+    """
+    height, width = image.shape[:2]
+    planes = scratch.take("planes", (4, *image.shape), np.float32)
+    center = (width / 2, height / 2)
+    box = cv2.RotatedRect(center, (width, height), 45.0).boundingRect()[2:]
+    rotation = cv2.getRotationMatrix2D(center, 45.0, 1.0)
+    rotation[:, 2] += (box[0] / 2 - center[0], box[1] / 2 - center[1])
+    rotated = cv2.warpAffine(image, rotation, box, dst=scratch.take("rotated image", (box[1], box[0], 3), np.uint8))
+    back = cv2.invertAffineTransform(cv2.getRotationMatrix2D((box[0] // 2, box[1] // 2), -45.0, 1.0)).astype(np.float32)
+    # A narrow image is longer than its rotated bounding box: OpenCV starts at 0 there.
+    left, top = max(0, box[0] - width) // 2, max(0, box[1] - height) // 2
+    starts = np.arange(top, top + height, dtype=np.float32)[:, None] * back[:, 1] + back[:, 2]
+    steps = np.arange(left, left + width)[:, None] * back[:, 0].astype(np.float64)  # the sums are rounded once, as by fused multiply-add
+    source_x, source_y = (scratch.take(f"source {axis}", (height, width), np.float32) for axis in (0, 1))
+    np.add(starts[:, None, 0], steps[:, 0], out=source_x, casting="same_kind")
+    np.add(starts[:, None, 1], steps[:, 1], out=source_y, casting="same_kind")
+    derivative = scratch.take("rotated derivative", rotated.shape, np.float32)
+    for axis in (0, 1):
+        cv2.Scharr(image, cv2.CV_32F, 1 - axis, axis, dst=planes[axis])
+        cv2.Scharr(rotated, cv2.CV_32F, 1 - axis, axis, dst=derivative)
+        cv2.remap(derivative, source_x, source_y, cv2.INTER_LINEAR, dst=planes[2 + axis])
+    return planes.reshape(4, height, 3 * width)
 
 
 def _part_scales(low: Array, high: Array) -> tuple[Array, Array]:
@@ -71,17 +97,15 @@ def _part_scales(low: Array, high: Array) -> tuple[Array, Array]:
 def _texture_codes(values: Array, scale: Array, out: Array) -> None:
     """Signed codes of a row: bin of the positive part, or 10 + bin of the negative part. scale: [5, 3 W], the last row the first code."""
     for i in range(len(values)):  # both codes, then a choice: only so does the loop become vector code
-        value = float32(values[i])
+        value = values[i]
         positive = np.floor(np.rint(value * scale[0, i] + scale[1, i]) * _BINS_PER_LEVEL)
         negative = np.floor(np.rint(value * scale[2, i] + scale[3, i]) * _BINS_PER_LEVEL) + float32(TEXTURE_BINS)
         out[i] = int32(scale[4, i] + (negative if value < float32(0) else positive))
 
 
 @nb.njit(cache=True, nogil=True)
-def _count_codes(
-    image: Array, dx: Array, dy: Array, diagonal_x: Array, diagonal_y: Array, scales: Array, atoms: Array, counts: Array
-) -> None:
-    """Fill counts [A, 315]: how many pixels of each atom have each code; planes are [H, 3 W], interleaved."""
+def _count_codes(image: Array, planes: Array, scales: Array, atoms: Array, counts: Array) -> None:
+    """Fill counts [A, 315]: how many pixels of each atom have each code. image [H, 3 W]."""
     height, width = atoms.shape
     counts[:] = 0
     codes = np.empty((5, 3 * width), np.uint32)
@@ -97,28 +121,14 @@ def _count_codes(
         pixels, color = image[y], codes[0]
         for i in range(3 * width):
             color[i] = ((uint32(pixels[i]) * uint32(COLOR_BINS)) >> uint32(8)) + color_base[i]
-        _texture_codes(dx[y], scale[0], codes[1])
-        _texture_codes(dy[y], scale[1], codes[2])
-        _texture_codes(diagonal_x[y], scale[2], codes[3])
-        _texture_codes(diagonal_y[y], scale[3], codes[4])
+        for derivative in range(4):
+            _texture_codes(planes[derivative, y], scale[derivative], codes[1 + derivative])
         row = atoms[y]
         for x in range(uint64(width)):
             start = uint64(row[x]) * uint64(_CODES)
             for kind in range(uint64(5)):
                 for c in range(uint64(3)):
                     flat[start + flat_codes[(kind * uint64(width) + x) * uint64(3) + c]] += int32(1)
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _remember(pairs, n, recent, one, other):  # type: ignore[no-untyped-def]
-    """Append a pair of adjacent atoms unless it was seen lately; returns the new length."""
-    pair = (uint64(min(one, other)) << uint64(32)) | uint64(max(one, other))
-    slot = (pair * uint64(0x9E3779B97F4A7C15)) >> uint64(52)
-    if recent[slot] == pair:
-        return n
-    recent[slot] = pair
-    pairs[n] = pair
-    return n + 1
 
 
 @nb.njit(cache=True, nogil=True)
@@ -132,7 +142,7 @@ def _geometry(atoms: Array, num_atoms: int) -> tuple[Array, Array, Array]:
     boxes = np.empty((num_atoms, 4), np.int32)
     boxes[:, 0], boxes[:, 1], boxes[:, 2:] = width, height, 0
     pairs, n = np.empty(3 * height * width, np.uint64), 0  # what is not written takes no memory
-    recent = np.full(4096, ~uint64(0))
+    recent = np.full(RECENT, ~uint64(0))
     for y in range(height):
         row, above = atoms[y], atoms[max(y - 1, 0)]
         start = 0
@@ -146,12 +156,12 @@ def _geometry(atoms: Array, num_atoms: int) -> tuple[Array, Array, Array]:
             box[0], box[1], box[2], box[3] = min(box[0], start), min(box[1], y), max(box[2], stop), y + 1
             if y > 0 and stop > 1:
                 if start > 0:
-                    n = _remember(pairs, n, recent, row[start - 1], atom)
+                    n = remember_pair(pairs, n, recent, row[start - 1], atom)
                 last = atom
                 for x in range(max(start, 1) - 1, stop):
                     if above[x] != last:
                         last = above[x]
                         if last != atom:
-                            n = _remember(pairs, n, recent, last, atom)
+                            n = remember_pair(pairs, n, recent, last, atom)
             start = stop
     return sizes, boxes, np.unique(pairs[:n])

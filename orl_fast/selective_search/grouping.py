@@ -20,35 +20,31 @@ _QUARTER, _THIRD = np.float32(0.25), np.float32(0.3333)
 _BLOCK = 256  # similarities whose maximum is kept, so that the search for the largest stays short
 
 
-def propose_regions(atoms: Atoms, region_of_atom: Array, num_regions: int, area: int) -> tuple[Array, Array]:
+def propose_regions(atoms: Atoms, region_of_atom: Array, area: int) -> tuple[Array, Array]:
     """All proposals of one segmentation under both strategies: boxes [P, 4] int32 xyxy and levels [P] int32, leaves first."""
-    regions = _sum_atoms(atoms.counts, atoms.zero_bins, atoms.sizes, atoms.boxes, atoms.pairs, region_of_atom, num_regions)
-    boxes, levels = [], []
+    regions = _sum_atoms(atoms, region_of_atom, int(region_of_atom.max()) + 1)
+    found = []
     for with_color in (True, False):
-        found = _group(*regions, area, with_color)
-        if len(found[0]) == 0:  # equal similarities
-            found = _group_as_listed(*regions, area, with_color)
-        boxes.append(found[0])
-        levels.append(found[1])
-    return np.concatenate(boxes), np.concatenate(levels)
+        boxes, levels = _group(*regions, area, with_color)
+        found.append((boxes, levels) if len(boxes) else _group_as_listed(*regions, area, with_color))
+    both_boxes, both_levels = zip(*found, strict=True)
+    return np.concatenate(both_boxes), np.concatenate(both_levels)
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
-def _sum_atoms(
-    counts: Array, zero_bins: Array, atom_sizes: Array, atom_boxes: Array, atom_pairs: Array, region_of_atom: Array, num_regions: int
-) -> tuple[Array, Array, Array, Array]:
+def _sum_atoms(atoms: Atoms, region_of_atom: Array, num_regions: int) -> tuple[Array, Array, Array, Array]:
     """Histograms [R, 75 + 240] float32, sizes [R], boxes [R, 4] and adjacent pairs [E] of the regions of one segmentation."""
-    totals = np.zeros((num_regions, counts.shape[1]), np.int32)
+    totals = np.zeros((num_regions, atoms.counts.shape[1]), np.int32)
     sizes = np.zeros(num_regions, np.int32)
     boxes = np.empty((num_regions, 4), np.int32)
     boxes[:, :2], boxes[:, 2:] = 2**31 - 1, 0
     for atom in range(len(region_of_atom)):
         region = region_of_atom[atom]
-        total, count = totals[region], counts[atom]
+        total, count = totals[region], atoms.counts[atom]
         for i in range(len(count)):
             total[i] += count[i]
-        sizes[region] += atom_sizes[atom]
-        box, part = boxes[region], atom_boxes[atom]
+        sizes[region] += atoms.sizes[atom]
+        box, part = boxes[region], atoms.boxes[atom]
         box[0], box[1], box[2], box[3] = min(box[0], part[0]), min(box[1], part[1]), max(box[2], part[2]), max(box[3], part[3])
     histograms = np.empty((num_regions, _COLOR + _TEXTURE), np.float32)
     texture = np.empty(_TEXTURE, np.int32)
@@ -67,12 +63,12 @@ def _sum_atoms(
                 unfolded[i] += positive
                 unfolded[0] += negative
                 unfolded[TEXTURE_BINS + i] += negative
-                unfolded[TEXTURE_BINS + zero_bins[part]] += positive
+                unfolded[TEXTURE_BINS + atoms.zero_bins[part]] += positive
         weight = float32(2 * _PARTS * sizes[region])
         for i in range(_TEXTURE):
             histogram[_COLOR + i] = float32(texture[i]) / weight
-    pairs, n = np.empty_like(atom_pairs), 0
-    for pair in atom_pairs:
+    pairs, n = np.empty_like(atoms.pairs), 0
+    for pair in atoms.pairs:
         one, other = region_of_atom[pair >> uint64(32)], region_of_atom[pair & uint64(0xFFFFFFFF)]
         if one != other:
             pairs[n] = (uint64(min(one, other)) << uint64(32)) | uint64(max(one, other))
@@ -101,7 +97,7 @@ def _compare(
     todo: Array, n: int, ends: Array, histograms: Array, sizes: Array, boxes: Array, area: int, with_color: bool, similarities: Array
 ) -> None:
     """Equation 6 for the first n edges of todo (which has room for 3 more): texture, size and fill, with color or without, averaged."""
-    todo[n : n + 3] = todo[n - 1]
+    todo[n : n + 3] = todo[max(n - 1, 0)]
     for start in range(0, n, 4):
         edges = todo[start : start + 4]
         textures = _intersect(edges, ends, histograms, _COLOR, _COLOR + _TEXTURE)
@@ -141,7 +137,7 @@ def _refresh_peak(peaks: Array, bits: Array, block: int) -> None:
 
 @nb.njit(cache=True, nogil=True)
 def _most_similar(peaks, bits):  # type: ignore[no-untyped-def]
-    """The edge with the largest similarity; -1 if none is left, -2 if there are several. Floats >= 0 order like their bits."""
+    """The edge with the largest similarity, and another of the same if there is one; -1 if none. Floats >= 0 order like their bits."""
     first = np.argmax(peaks)
     peak, found = peaks[first], -1
     if peak >= 0:
@@ -150,9 +146,22 @@ def _most_similar(peaks, bits):  # type: ignore[no-untyped-def]
                 for edge in range(block * _BLOCK, (block + 1) * _BLOCK):
                     if bits[edge] == peak:
                         if found >= 0:
-                            return -2
+                            return found, edge
                         found = edge
-    return found
+    return found, -1
+
+
+@nb.njit(cache=True, nogil=True)
+def _are_apart(edge, other_edge, ends, following, head):  # type: ignore[no-untyped-def]
+    """Whether no region of one edge is the same as or next to one of the other."""
+    for region in ends[2 * edge : 2 * edge + 2]:
+        half = head[region]
+        while half != _NONE:
+            neighbor = ends[half ^ uint32(1)]
+            if neighbor == ends[2 * other_edge] or neighbor == ends[2 * other_edge + 1]:
+                return False
+            half = following[half]
+    return True
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
@@ -160,7 +169,10 @@ def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: in
     """Merge until no neighbors are left (algorithm 1): boxes [2 R - 1, 4] and levels, leaves first, then merges in order.
 
     Edges lie in fixed slots; half-edge 2 e belongs to one end of edge e, 2 e + 1 to the other; each region has a list of its half-edges,
-    those of dead edges included. Nothing is returned if two pairs are equally similar when they are the next to merge.
+    those of dead edges included.
+
+    Of two equally similar edges, either may go first if they are apart and no edge of the regions they make is as similar: so if one
+    follows directly on the other and what is left is less similar. Otherwise, nothing is returned.
     """
     num_regions, num_edges = len(sizes), len(pairs)
     histograms, sizes, boxes = histograms.copy(), sizes.copy(), boxes.copy()
@@ -180,12 +192,20 @@ def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: in
             following[half] = head[ends[half]]
             head[ends[half]] = half
     todo = np.arange(num_edges + 3).astype(np.uint32)
-    if num_edges:
-        _compare(todo, num_edges, ends, histograms, sizes, boxes, area, with_color, similarities)
+    _compare(todo, num_edges, ends, histograms, sizes, boxes, area, with_color, similarities)
     for block in range(num_blocks):
         _refresh_peak(peaks, bits, block)
-    best = _most_similar(peaks, bits)
+    best, equal = _most_similar(peaks, bits)
+    limit, awaited = int32(-1), -1  # of two equally similar edges: their similarity, and the second
     while best >= 0:
+        if awaited >= 0:
+            if best != awaited or equal >= 0:
+                break
+            awaited = -1
+        elif 0 <= limit <= bits[best] or (equal >= 0 and not _are_apart(best, equal, ends, following, head)):
+            break
+        else:
+            limit, awaited = (bits[best] if equal >= 0 else int32(-1)), equal
         a, b = ends[2 * best], ends[2 * best + 1]
         merged = min(a, b)
         _merge(a, b, merged, histograms, sizes, boxes)
@@ -207,12 +227,11 @@ def _group(histograms: Array, sizes: Array, boxes: Array, pairs: Array, area: in
                     todo[num_todo] = edge
                     num_todo += 1
                 half = next_half
-        if num_todo:
-            _compare(todo, num_todo, ends, histograms, sizes, boxes, area, with_color, similarities)
+        _compare(todo, num_todo, ends, histograms, sizes, boxes, area, with_color, similarities)
         for edge in todo[:num_todo]:
             _refresh_peak(peaks, bits, edge // uint32(_BLOCK))
-        best = _most_similar(peaks, bits)
-    n *= best == -1
+        best, equal = _most_similar(peaks, bits)
+    n *= best < 0
     return all_boxes[:n], all_levels[:n]
 
 
@@ -223,9 +242,8 @@ def _group_as_listed(histograms: Array, sizes: Array, boxes: Array, pairs: Array
     ends = np.stack([pairs >> np.uint64(32), pairs & np.uint64(0xFFFFFFFF)], 1).astype(np.uint32)
     similarities, num_new = np.empty(len(ends), np.float32), len(ends)
     while len(ends):
-        if num_new:
-            todo = np.arange(len(ends) - num_new, len(ends) + 3, dtype=np.uint32)
-            _compare(todo, num_new, ends.reshape(-1), histograms, sizes, boxes, area, with_color, similarities)
+        todo = np.arange(len(ends) - num_new, len(ends) + 3, dtype=np.uint32)
+        _compare(todo, num_new, ends.reshape(-1), histograms, sizes, boxes, area, with_color, similarities)
         order = cv2.sortIdx(similarities[None], cv2.SORT_EVERY_ROW)[0]
         a, b = ends[order[-1]].tolist()
         ends, similarities = ends[order[:-1]], similarities[order[:-1]]
@@ -234,10 +252,10 @@ def _group_as_listed(histograms: Array, sizes: Array, boxes: Array, pairs: Array
         levels[merged] = max(levels[a], levels[b]) + 1
         all_boxes.append(boxes[merged : merged + 1].copy())
         all_levels.append(levels[merged])
-        at_first, touches = (ends[:, 0] == a) | (ends[:, 0] == b), ((ends == a) | (ends == b)).any(1)
-        neighbors = list(dict.fromkeys(np.where(at_first, ends[:, 1], ends[:, 0])[touches].tolist()))
-        num_new = len(neighbors)
-        new = np.array([(merged, neighbor) for neighbor in neighbors], np.uint32).reshape(-1, 2)
-        ends = np.concatenate([ends[~touches], new])
-        similarities = np.concatenate([similarities[~touches], np.empty(num_new, np.float32)])
+        of_either = (ends == a) | (ends == b)
+        stays, neighbors = ~of_either.any(1), np.where(of_either[:, 0], ends[:, 1], ends[:, 0])
+        new = [(merged, neighbor) for neighbor in dict.fromkeys(neighbors[~stays].tolist())]
+        num_new = len(new)
+        ends = np.concatenate([ends[stays], np.array(new, np.uint32).reshape(-1, 2)])
+        similarities = np.concatenate([similarities[stays], np.empty(num_new, np.float32)])
     return np.concatenate(all_boxes), np.array(all_levels, np.int32)

@@ -1,19 +1,24 @@
-"""The public function: boxes of one image in a deterministic order, found by our kernels or by OpenCV."""
+"""Boxes of one image in a deterministic order, from twelve hierarchies of regions of our kernels, or from OpenCV."""
 
 from typing import Literal
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.errors import DataError
 from orl_fast.philox import uniforms
-from orl_fast.selective_search.hierarchies import all_regions
+from orl_fast.selective_search.descriptors import describe_atoms
+from orl_fast.selective_search.grouping import propose_regions
 from orl_fast.selective_search.opencv import opencv_search
+from orl_fast.selective_search.scratch import Array, Scratch
+from orl_fast.selective_search.segmentation import segment
 
 Backend = Literal["fast", "opencv"]
 
 _RANK_STREAM = 32
 _MAX_SIDE_PX = 2**15 - 1
+_scratch = Scratch()
 
 
 def selective_search(image_rgb: NDArray[np.uint8], *, seed: int, backend: Backend = "fast") -> NDArray[np.int16]:
@@ -21,16 +26,13 @@ def selective_search(image_rgb: NDArray[np.uint8], *, seed: int, backend: Backen
 
     The order is random but reproducible, as in OpenCV: a box's rank is a random number in [0, 1) times its region's level in the
     hierarchy, ascending; a region of the segmentation has level 1, a merge is one above the higher of its parts. So small regions
-    tend to come first. Of equal boxes the first stays.
+    tend to come first. Of equal boxes the first stays. "fast" draws the numbers from (seed, proposal); "opencv" from the C library's
+    global generator, so it runs one image at a time in a process, and nothing else may draw from that generator meanwhile.
 
-    Both backends find the same set (measured with OpenCV 5.0 on processors with fused multiply-add; elsewhere last digits may
-    differ). "fast" draws the numbers from (seed, proposal), so the same image and seed give the same order on any thread; "opencv"
-    seeds the C library's global generator, runs one image at a time in a process, and repeats its order as long as nothing else
-    draws from that generator meanwhile.
+    Both backends find the same set (docs/proposals.md says on which images, versions and processors that was measured).
 
-    One thread per image, without the GIL for nearly all of the time; OpenCV's conversions and warps in it use OpenCV's own threads
-    except within `one_opencv_thread`. Memory of "fast": up to 100 bytes per pixel and 8 (W + H)² bytes for the rotated copy
-    (measured: 1.2 GB for 4,000 × 3,000); a thread keeps some 50 MB of it for its next photograph of 640 × 480.
+    One thread per image, without the GIL for nearly all of the time; OpenCV's functions use OpenCV's own threads except within
+    `one_opencv_thread`. docs/proposals.md says how much memory an image takes.
 
     Args:
         image_rgb: [H, W, 3] uint8 in any memory layout, H and W from 1 to 32,767; a gray image has three equal channels.
@@ -57,3 +59,20 @@ def selective_search(image_rgb: NDArray[np.uint8], *, seed: int, backend: Backen
     ordered = boxes[np.argsort(rank, kind="stable")].astype(np.int16)
     _, first = np.unique(ordered.view(np.int64), return_index=True)  # a box as one number
     return ordered[np.sort(first)]
+
+
+def all_regions(image_rgb: Array) -> tuple[Array, Array]:
+    """Every region of every hierarchy: two color spaces, three segmentations of each, two similarity strategies.
+
+    Returns:
+        boxes [P, 4] int32 xyxy, half-open, with duplicates; levels [P] int32: 1 for a region of a segmentation, a merge is one
+        above the higher of its parts.
+    """
+    found = []
+    for conversion in (cv2.COLOR_RGB2HSV, cv2.COLOR_RGB2LAB):
+        image = cv2.cvtColor(image_rgb, conversion)
+        atom_of_pixel, regions = segment(image, _scratch)
+        atoms = describe_atoms(image, atom_of_pixel, regions.shape[1], _scratch)
+        found += [propose_regions(atoms, region_of_atom, atom_of_pixel.size) for region_of_atom in regions]
+    boxes, levels = zip(*found, strict=True)
+    return np.concatenate(boxes), np.concatenate(levels)

@@ -11,12 +11,10 @@ afterwards. OpenCV's order is what the unstable std::sort leaves. Where it matte
 sorted once more by cv2.sortIdx, which is the same std::sort.
 """
 
-from dataclasses import dataclass
-
 import cv2
 import numba as nb
 import numpy as np
-from numba import float32, int64, uint32, uint64
+from numba import float32, uint32, uint64
 
 from orl_fast.selective_search.scratch import Array, Scratch
 
@@ -26,27 +24,16 @@ _SIGMA_PX = float(np.float32(0.8))  # OpenCV passes it as float32; the kernel's 
 _LOW_K, _HIGH_K = np.float32(SCALES[0]), np.float32(SCALES[-1])
 _NONE = np.uint32(0xFFFFFFFF)
 _BLOCK = 512  # edges whose components are looked up together, so that the look-ups overlap
-_INSERTION = 48  # below this many edges insertion sort is fastest
-_RECENT = 8192  # direct-mapped memory of recent pairs of cores; a miss only costs a duplicate
+RECENT = 8192  # direct-mapped memory of recent pairs
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segmentations:
-    """Three segmentations of one image, over their common refinement.
+def segment(image: Array, scratch: Scratch) -> tuple[Array, Array]:
+    """Segment an image [H, W, 3] uint8 with k = 150, 300, 450, sigma 0.8 and regions of at least 100 pixels.
 
-    Attributes:
-        atoms: [H, W] uint32, the intersection of the three label maps; in the scratch buffers.
-        regions: for each k, [A] uint32: the region that holds an atom; ids in raster order.
-        num_regions: for each k.
+    Returns:
+        atoms: [H, W] uint32, the common refinement of the three segmentations; in the scratch buffers.
+        regions: [3, A] uint32, for each k the region that holds an atom; ids in raster order.
     """
-
-    atoms: Array
-    regions: tuple[Array, ...]
-    num_regions: tuple[int, ...]
-
-
-def segment(image: Array, scratch: Scratch) -> Segmentations:
-    """Segment an image [H, W, 3] uint8 with k = 150, 300, 450, sigma 0.8 and regions of at least 100 pixels."""
     height, width = image.shape[:2]
     num_pixels, num_edges = height * width, height * (width - 1) + (height - 1) * width
     image_f32 = scratch.take("image", image.shape, np.float32)
@@ -60,19 +47,16 @@ def segment(image: Array, scratch: Scratch) -> Segmentations:
     num_pairs = _grow_cores(ordered, width, parent, state, pairs, weights)
     core_of_pixel = scratch.take("cores", (num_pixels,), np.uint32)
     sizes, last, num_pairs = _number_cores(parent, state, pairs[:num_pairs], weights[:num_pairs], core_of_pixel)
-    pairs, weights, in_order = pairs[:num_pairs], weights[:num_pairs], False
-    found: list[tuple[Array, int]] = []
-    while len(found) < len(SCALES):
-        labels, count = _segment_cores(sizes, last, pairs, weights, np.float32(SCALES[len(found)]), in_order)
-        if count:
-            found.append((labels, count))
-        else:  # the order of equal weights matters
-            pairs, weights = _pairs_in_order(blurred, core_of_pixel.reshape(height, width))
-            in_order = True
-    atom_of_core, regions = _intersect(found[0][0], found[1][0], found[2][0], found[0][1])
+    edges_left = pairs[:num_pairs], weights[:num_pairs], False
+    labels = np.empty((len(SCALES), len(sizes)), np.uint32)
+    for k, label in zip(SCALES, labels, strict=True):
+        if not _segment_cores(sizes, last, *edges_left, np.float32(k), label):
+            edges_left = *_pairs_in_order(blurred, core_of_pixel.reshape(height, width)), True
+            _segment_cores(sizes, last, *edges_left, np.float32(k), label)
+    atom_of_core, regions = _intersect(labels)
     atoms = scratch.take("atoms", (num_pixels,), np.uint32)
     np.take(atom_of_core, core_of_pixel, out=atoms, mode="clip")
-    return Segmentations(atoms=atoms.reshape(height, width), regions=regions, num_regions=tuple(count for _, count in found))
+    return atoms.reshape(height, width), regions
 
 
 @nb.njit(cache=True, nogil=True)
@@ -100,56 +84,44 @@ def _weigh_edges(blurred: Array, edges: Array) -> None:
 
 
 @nb.njit(cache=True, nogil=True, inline="always")
-def _starts(counts):  # type: ignore[no-untyped-def]
-    """Turn counts into the position where each bucket starts."""
-    total = uint32(0)
-    for i in range(len(counts)):
-        count = counts[i]
-        counts[i] = total
-        total += count
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _place(source, target, position, shift, mask):  # type: ignore[no-untyped-def]
-    for i in range(len(source)):
-        edge = source[i]
-        bucket = uint32(edge >> shift) & mask
-        place = position[bucket]
-        target[place] = edge
-        position[bucket] = place + uint32(1)
+def _radix_pass(source, target, shift, position):  # type: ignore[no-untyped-def]
+    """Stable sort by len(position) (a power of two) values of the bits above shift; position becomes where each bucket stops."""
+    shift, mask = uint64(shift), uint64(len(position) - 1)
+    position[:] = 0
+    for edge in source:
+        position[(edge >> shift) & mask] += uint32(1)
+    start = uint32(0)
+    for i in range(len(position)):
+        start, position[i] = start + position[i], start
+    for edge in source:
+        bucket = (edge >> shift) & mask
+        target[position[bucket]] = edge
+        position[bucket] += uint32(1)
 
 
 @nb.njit(cache=True, nogil=True)
 def _sort_edges(edges: Array, ordered: Array) -> None:
     """Stable sort by weight (floats >= 0 sort like their bits): buckets by the upper 14 bits, each small enough to be sorted in cache."""
-    words = edges.view(np.uint32)
-    position = np.zeros(1 << 14, np.uint32)
-    for i in range(len(edges)):
-        position[words[2 * i + 1] >> uint32(17)] += uint32(1)
-    _starts(position)
-    _place(edges, ordered, position, uint64(49), uint32(0x3FFF))
-    low, high = np.empty(512, np.uint32), np.empty(256, np.uint32)
-    start = 0
-    for bucket in range(len(position)):
-        stop = int64(position[bucket])
-        part, spare = ordered[start:stop], edges[start:stop]
-        if len(part) < _INSERTION:
-            for i in range(1, len(part)):
-                edge, j = part[i], i
-                while j > 0 and (part[j - 1] >> uint64(32)) > (edge >> uint64(32)):
-                    part[j] = part[j - 1]
-                    j -= 1
-                part[j] = edge
-        else:
-            low[:], high[:] = 0, 0
-            for edge in part:
-                low[uint32(edge >> uint64(32)) & uint32(511)] += uint32(1)
-                high[uint32(edge >> uint64(41)) & uint32(255)] += uint32(1)
-            _starts(low)
-            _starts(high)
-            _place(part, spare, low, uint64(32), uint32(511))
-            _place(spare, part, high, uint64(41), uint32(255))
+    position, low, high = np.empty(1 << 14, np.uint32), np.empty(512, np.uint32), np.empty(256, np.uint32)
+    _radix_pass(edges, ordered, 49, position)
+    start = uint32(0)
+    for stop in position:
+        if stop > start + 1:
+            _radix_pass(ordered[start:stop], edges[start:stop], 32, low)
+            _radix_pass(edges[start:stop], ordered[start:stop], 41, high)
         start = stop
+
+
+@nb.njit(cache=True, nogil=True, inline="always")
+def remember_pair(pairs, n, recent, one, other):  # type: ignore[no-untyped-def]
+    """Append smaller << 32 | larger unless it was seen lately; returns the new length. A miss only costs a duplicate."""
+    pair = (uint64(min(one, other)) << uint64(32)) | uint64(max(one, other))
+    slot = (pair * uint64(0x9E3779B97F4A7C15)) >> uint64(51)
+    if recent[slot] == pair:
+        return n
+    recent[slot] = pair
+    pairs[n] = pair
+    return n + 1
 
 
 @nb.njit(cache=True, nogil=True, inline="always")
@@ -176,7 +148,7 @@ def _grow_cores(edges: Array, width: int, parent: Array, state: Array, pairs: Ar
     for i in range(len(parent)):
         parent[i] = i
         state[i, 0], size[i, 1] = 0, 1
-    recent = np.full(_RECENT, ~uint64(0))
+    recent = np.full(RECENT, ~uint64(0))
     first, second, weight = np.empty(_BLOCK + 1, np.uint32), np.empty(_BLOCK + 1, np.uint32), np.empty(_BLOCK + 1, np.float32)
     offset = np.array([1, width], np.uint32)
     words, floats = edges.view(np.uint32), edges.view(np.float32)
@@ -207,12 +179,8 @@ def _grow_cores(edges: Array, width: int, parent: Array, state: Array, pairs: Ar
             possible_b = (w <= last_b + _HIGH_K / float32(size_b)) if free_b else True
             if possible_a & possible_b:  # some k accepts it: from here on both are decided per k
                 size[a, 1], size[b, 1] = -abs(size_a), -abs(size_b)
-            pair = (uint64(min(a, b)) << uint64(32)) | uint64(max(a, b))
-            slot = (pair * uint64(0x9E3779B97F4A7C15)) >> uint64(51)
-            if recent[slot] != pair:
-                recent[slot] = pair
-                pairs[n], weights[n] = pair, w
-                n += 1
+            weights[n] = w
+            n = remember_pair(pairs, n, recent, a, b)
     return n
 
 
@@ -262,10 +230,10 @@ def _pairs_in_order(blurred: Array, core_of_pixel: Array) -> tuple[Array, Array]
 
 
 @nb.njit(cache=True, nogil=True, error_model="numpy")
-def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: np.float32, in_order: bool) -> tuple[Array, int]:
-    """The segmentation for one k: join cores by the criterion, then regions below the minimum size; [C] uint32 labels, their number.
+def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, in_order: bool, k: np.float32, label: Array) -> bool:
+    """The segmentation for one k, as labels [C]: join cores by the criterion, then regions below the minimum size.
 
-    The number is 0 if the order of equal weights matters and they are not in OpenCV's order.
+    False if the order of equal weights decides something and they are not in OpenCV's order.
     """
     num_cores = len(sizes)
     parent, size = np.arange(num_cores).astype(np.uint32), sizes.copy()
@@ -299,22 +267,20 @@ def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: n
         a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
         left[m], left_weights[m] = (uint64(a) << uint64(32)) | uint64(b), left_weights[i]
         m += (a != b) & (min(size[a], size[b]) < MIN_SIZE_PX)
-    label = np.full(num_cores, _NONE)  # for now of a small region its neighbor over edges of the current weight
+    neighbor, neighbor_at = np.empty(num_cores, np.uint32), np.full(num_cores, -1)
     start = 0
     while start < m:
         stop = start + 1
         while stop < m and left_weights[stop] == left_weights[start]:
             stop += 1
         if stop - start > 1 and not in_order:  # the order matters to a small region with two neighbors to join
-            for clear in (True, False):
-                for i in range(start, stop):
-                    a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
-                    if a != b:
-                        for one, other in ((a, b), (b, a)):
-                            if size[one] < MIN_SIZE_PX:
-                                if not clear and label[one] != _NONE and label[one] != other:
-                                    return label, 0
-                                label[one] = _NONE if clear else other
+            for i in range(start, stop):
+                a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
+                for one, other in ((a, b), (b, a)):
+                    if a != b and size[one] < MIN_SIZE_PX:
+                        if neighbor_at[one] == start and neighbor[one] != other:
+                            return False
+                        neighbor[one], neighbor_at[one] = other, start
         for i in range(start, stop):
             a, b = _root(parent, left[i] >> uint64(32)), _root(parent, left[i] & uint64(0xFFFFFFFF))
             if a != b and min(size[a], size[b]) < MIN_SIZE_PX:
@@ -323,34 +289,31 @@ def _segment_cores(sizes: Array, last: Array, pairs: Array, weights: Array, k: n
                 parent[b] = a
                 size[a] += size[b]
         start = stop
-    number = np.full(num_cores, _NONE)
-    count = 0
+    number, count = np.full(num_cores, _NONE), 0
     for i in range(num_cores):
         root = _root(parent, i)
         if number[root] == _NONE:
             number[root] = count
             count += 1
         label[i] = number[root]
-    return label, count
+    return True
 
 
 @nb.njit(cache=True, nogil=True)
-def _intersect(one: Array, two: Array, three: Array, num_one: int) -> tuple[Array, tuple[Array, Array, Array]]:
-    """Number the distinct triples of labels: atom of each core [C], and the three labels of each atom."""
-    num_cores = len(one)
-    head, following = np.full(num_one, _NONE), np.empty(num_cores, np.uint32)  # the atoms of a region of `one`, as a list
-    atom_of_core = np.empty(num_cores, np.uint32)
-    labels = np.empty((3, num_cores), np.uint32)
+def _intersect(labels: Array) -> tuple[Array, Array]:
+    """Number the distinct triples of labels [3, C]: atom of each core [C], and the labels of each atom [3, A]."""
+    num_cores = labels.shape[1]
+    head, following = np.full(num_cores, _NONE), np.empty(num_cores, np.uint32)  # the atoms of a region at the first scale, as a list
+    atom_of_core, regions = np.empty(num_cores, np.uint32), np.empty((3, num_cores), np.uint32)
     n = uint32(0)
     for i in range(num_cores):
-        atom = head[one[i]]
-        while atom != _NONE and (labels[1, atom] != two[i] or labels[2, atom] != three[i]):
+        first = labels[0, i]
+        atom = head[first]
+        while atom != _NONE and (regions[1, atom] != labels[1, i] or regions[2, atom] != labels[2, i]):
             atom = following[atom]
         if atom == _NONE:
-            atom = n
-            following[atom] = head[one[i]]
-            head[one[i]] = atom
-            labels[0, atom], labels[1, atom], labels[2, atom] = one[i], two[i], three[i]
+            atom, following[n], head[first] = n, head[first], n
+            regions[:, n] = labels[:, i]
             n += uint32(1)
         atom_of_core[i] = atom
-    return atom_of_core, (labels[0, :n], labels[1, :n], labels[2, :n])
+    return atom_of_core, regions[:, :n]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from orl_fast.errors import DataError
 from orl_fast.selective_search import Backend, one_opencv_thread, selective_search
-from orl_fast.selective_search.hierarchies import all_regions
+from orl_fast.selective_search.search import all_regions
 
 
 def _set(boxes: np.ndarray) -> set[tuple[int, ...]]:
