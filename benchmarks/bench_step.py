@@ -27,7 +27,7 @@ from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.train.metrics import Meter
 from orl_fast.train.step import TrainStep
-from orl_fast.views.batch import Batch
+from orl_fast.views.draw import Mined
 from orl_fast.views.loader import ViewLoader
 from orl_fast.views.plan import Batch
 

@@ -33,7 +33,7 @@ from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, PairTable
 from orl_fast.train.loop import train
 from orl_fast.train.run import Run, open_mined
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined
 
 # Three losses are summed in stage 3: it takes half of stage 1's rate, and fewer epochs, which cost twice as much.
 ORL_LR_PER_256 = 0.8

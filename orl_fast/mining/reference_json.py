@@ -20,7 +20,7 @@ from orl_fast.errors import DataError, StaleError
 from orl_fast.files import atomic_file
 from orl_fast.mining.pairs import write_pair_shards
 from orl_fast.mining.pipeline import IMPORTED, Stage
-from orl_fast.mining.rois import open_boxes, save_shards
+from orl_fast.mining.rois import annotation_files, open_boxes, rows_of_names, save_shards
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, activate, new_table, table_info
 

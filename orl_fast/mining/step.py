@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from orl_fast.console import log, progress
 from orl_fast.files import atomic_file, atomic_folder
 from orl_fast.mining.executor import Executor
-from orl_fast.mining.parts import part_path
-from orl_fast.tables import UNFINISHED, TableInfo, activate, table_info, tables_of, write_info
+from orl_fast.tables import UNFINISHED, TableInfo, activate, open_array, table_info, tables_of, write_info
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,9 +56,8 @@ def train(run: Run, *, index: ShardIndex, ranks: Ranks, restart: bool = False, m
     with contextlib.ExitStack() as stack:
         if ranks.is_main:
             stack.enter_context(locked(folder, what="orl-fast train"))
-        sampler = Sampler.sharing(
-            options.batch_size, num_images=len(index), world_size=ranks.world_size, accumulate=options.accumulate, seed=options.seed
-        )
+        parts = {"world_size": ranks.world_size, "accumulate": options.accumulate}
+        sampler = Sampler(num_images=len(index), batch_size=options.batch_size, seed=options.seed, **parts)
         steps_per_epoch, num_steps = sampler.steps_per_epoch, options.epochs * sampler.steps_per_epoch
         open_loader = partial(
             ViewLoader.open, index, METHODS[run.method].views(config), batch_size=options.batch_size, seed=options.seed, mined=run.mined,

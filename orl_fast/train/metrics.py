@@ -14,7 +14,7 @@ from torch import Tensor
 from orl_fast.distributed import Ranks, mean_over_ranks
 from orl_fast.errors import DataError
 from orl_fast.files import atomic_file
-from orl_fast.views.batch import Batch
+from orl_fast.views.plan import Batch
 
 
 class Meter:

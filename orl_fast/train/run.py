@@ -19,7 +19,7 @@ from orl_fast.places import mined_folder, run_folder, stage_1_checkpoint
 from orl_fast.recipe import config_from_dict, config_to_dict, load_config, with_overrides
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable, PairTable, TableInfo, find_table, open_info, table_info
-from orl_fast.views.mined import Mined
+from orl_fast.views.draw import Mined
 from orl_fast.views.patches import PatchStore
 
 RECIPE = "recipe.toml"

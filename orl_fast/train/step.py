@@ -16,7 +16,7 @@ from orl_fast.methods import METHODS
 from orl_fast.models import Network
 from orl_fast.models.sync_bn import synchronize_batch_norm
 from orl_fast.train.metrics import Meter
-from orl_fast.views.batch import Batch
+from orl_fast.views.plan import Batch
 
 _WARMUP_RATIO = 1e-4  # of the scheduled lr, at step 0
 

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from orl_fast.errors import DataError, StaleError
 from orl_fast.tables import open_array, open_info
-from orl_fast.views.batch import Rows
-from orl_fast.views.rendering import ImageSource
+from orl_fast.views.plan import ImageSource, Rows
 
 PATCH_SIDE_PX = 128
 _REMEDY = "orl-fast mine patches"

@@ -11,7 +11,7 @@ import pytest
 from mining_world import ALL, World, files_of, mine, with_mining
 
 from orl_fast.errors import DataError
-from orl_fast.mining.executor import Processes
+from orl_fast.mining.executor import Executor
 from orl_fast.tables import UNFINISHED, find_table, table_info
 
 SMALL = with_mining(min_side_px=20)

@@ -12,11 +12,11 @@ from orl_fast.checkpoint import read_checkpoint, read_header
 from orl_fast.cli.main import cli
 from orl_fast.console import log
 from orl_fast.errors import OrlFastError, StaleError
-from orl_fast.mining.executor import Processes
-from orl_fast.mining.patches import join_patches, pack_shards
+from orl_fast.mining.executor import Executor
+from orl_fast.mining.pairs import join_patches, pack_patches
 from orl_fast.recipe import load_config
 from orl_fast.shards import ShardIndex
-from orl_fast.tables import BoxTable, PairTable, TableInfo, activate, new_table, table_info
+from orl_fast.tables import TableInfo, activate, new_table, table_info
 from orl_fast.train.run import choose_run
 from orl_fast.views.patches import PATCH_SIDE_PX
 from tests.synthetic import SMALL
