@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from mining_world import ALL, CONFIG, NUM_IMAGES, SHARD_SIZE, World, draw_scene, mine, save_checkpoint
 
 from orl_fast.console import log
@@ -20,6 +21,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_shards([images], folder / "shards" / "scenes", shard_size=SHARD_SIZE, num_workers=1)
     checkpoint = save_checkpoint(folder / "runs" / "scenes" / "byol" / "checkpoint.pt", CONFIG)
     return World(folder=folder, images=images, shards=folder / "shards" / "scenes", checkpoint=checkpoint, config=CONFIG)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums depend on the number of threads: one, as in the processes that tests start with OMP_NUM_THREADS=1."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)
 
 
 @pytest.fixture(scope="session")

@@ -95,9 +95,13 @@ def test_every_other_image_can_be_a_neighbor_but_no_more():
 
 
 def test_the_number_of_threads_of_faiss_is_restored():
-    faiss.omp_set_num_threads(2)
-    list(find_neighbors(random_features(np.random.default_rng(5), 50), num_neighbors=3, num_threads=1))
-    assert faiss.omp_get_max_threads() == 2
+    former = faiss.omp_get_max_threads()
+    try:
+        faiss.omp_set_num_threads(2)
+        list(find_neighbors(random_features(np.random.default_rng(5), 50), num_neighbors=3, num_threads=1))
+        assert faiss.omp_get_max_threads() == 2
+    finally:
+        faiss.omp_set_num_threads(former)
 
 
 def test_many_images_are_searched_by_an_inverted_file_whose_recall_is_logged(caplog, monkeypatch):
