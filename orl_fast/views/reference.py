@@ -2,12 +2,11 @@
 
 import contextlib
 import io
-import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms import functional as tv  # type: ignore[import-untyped]
 
@@ -66,9 +65,6 @@ def render_crop(image: Image.Image, crops: Crops, m: int, *, size_px: int, beyon
             view = _ADJUST[op](view, amounts[op])
     if crops.grayscale[m]:
         view = tv.to_grayscale(view, num_output_channels=3)
-    sigma = float(crops.blur_sigma[m])
-    if sigma > 0:
-        # A true Gaussian: beyond four sigma nothing is left. Reflection needs a radius below the side.
-        radius = min(math.ceil(4 * sigma), size_px - 1)
-        view = tv.to_pil_image(tv.gaussian_blur(tv.pil_to_tensor(view), [2 * radius + 1] * 2, [sigma] * 2))
+    if crops.blur_sigma[m] > 0:
+        view = view.filter(ImageFilter.GaussianBlur(float(crops.blur_sigma[m])))
     return tv.solarize(view, 128) if crops.solarize[m] else view

@@ -39,7 +39,7 @@ TOLERANCES = {
     "saturation": (only(jitter_prob=1.0, saturation=0.4), 0.45, 2, 4),
     "hue": (only(jitter_prob=1.0, hue=0.1), 0.5, 3, 20),
     "grayscale": (only(grayscale_prob=1.0), 0.35, 1, 2),
-    "blur": (only(blur_prob=(1.0, 1.0)), 0.5, 2, 2),
+    "blur": (only(blur_prob=(1.0, 1.0)), 0.3, 1, 2),
     "solarize": (only(solarize_prob=(1.0, 1.0)), 0.6, 2, 255),  # 127 against 128 becomes 127 against 127, but 127.5 is a coin
     "all": (ViewsConfig(image_size_px=112), 0.7, 4, 255),
 }
