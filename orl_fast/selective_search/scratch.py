@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 Array = np.ndarray[Any, Any]
-_KEEP_BYTES = 2**25  # per buffer; those of large images are made and freed as usual
+_KEEP_BYTES = 2**24  # per buffer; those of large images are made and freed as usual
 
 
 class Scratch(threading.local):

@@ -14,7 +14,11 @@ from PIL import Image
 
 from orl_fast.errors import DataError
 from orl_fast.selective_search import Backend, one_opencv_thread, selective_search
+from orl_fast.selective_search.descriptors import describe_atoms
+from orl_fast.selective_search.grouping import _group, _group_as_listed, _sum_atoms
+from orl_fast.selective_search.scratch import Scratch
 from orl_fast.selective_search.search import all_regions
+from orl_fast.selective_search.segmentation import segment
 
 
 def _set(boxes: np.ndarray) -> set[tuple[int, ...]]:
@@ -49,6 +53,21 @@ def test_finds_opencvs_boxes_where_edges_and_regions_are_alike(kind: str) -> Non
     """Of equal edges and of equally similar regions, std::sort decides which come first."""
     image = draw_flat(kind)
     assert _set(selective_search(image, seed=1)) == _set(selective_search(image, seed=1, backend="opencv"))
+
+
+@pytest.mark.parametrize("kind", ["photo", "shapes", "poster", "ramp"])
+def test_groups_as_opencvs_list_does(kind: str) -> None:
+    """The fast grouping makes the merges of a list that std::sort orders before each, or none where equal similarities decide."""
+    image, scratch = draw_photo(6, width=200, height=150) if kind == "photo" else draw_flat(kind), Scratch()
+    atom_of_pixel, regions = segment(image, scratch)
+    atoms = describe_atoms(image, atom_of_pixel, regions.shape[1], scratch)
+    for region_of_atom in regions:
+        described = _sum_atoms(atoms, region_of_atom, int(region_of_atom.max()) + 1)
+        for with_color in (True, False):
+            fast, listed = (np.column_stack(group(*described, image.size // 3, with_color)) for group in (_group, _group_as_listed))
+            assert len(fast) or kind != "photo"
+            if len(fast):
+                np.testing.assert_array_equal(fast[np.lexsort(fast.T)], listed[np.lexsort(listed.T)])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (2, 2), (2, 90), (16, 16), (16, 400), (120, 90)])
