@@ -32,7 +32,7 @@ def open_array(folder: Path, name: str) -> NDArray[Any]:
     try:
         # An empty array cannot be mapped, and needs no mapping.
         array = np.load(file, mmap_mode=None if file.stat().st_size < 4096 else "r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy's parser of headers raises anything at all on garbage
         raise DataError(f"{file}: cannot be read ({error}); remove {folder} and run the step again") from error
     return np.asarray(array)
 

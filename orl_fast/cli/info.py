@@ -5,13 +5,16 @@ import os
 import shutil
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 _STACK = (
     "orl-fast", "torch", "torchvision", "nvidia-dali-cuda130", "webdataset", "numba", "opencv-contrib-python-headless", "faiss-gpu", "timm",
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from orl_fast.shards import ShardIndex
 
 Lines = list[tuple[str, str]]
 
@@ -63,8 +66,22 @@ def _shards(path: Path) -> Lines:
         *(("", f"{entry.file_name!r}: {entry.reason}") for entry in manifest.quarantined[:10]),
         *(("source", f"{source.folder}: {source.num_packed:,} images") for source in manifest.sources),
         ("fingerprint", index.fingerprint),
+        ("pixels", _pixels(index)),
         ("mined", ", ".join(tables) or f"nothing yet; orl-fast mine {path}"),
     ]
+
+
+def _pixels(index: "ShardIndex") -> str:
+    from orl_fast.files import human_bytes
+    from orl_fast.shards.pixels import PixelStore
+
+    store = PixelStore.find(index)
+    if store is None:
+        return f"not stored; orl-fast pixels {index.path}"
+    info = store.info
+    smaller = f", sides of at most {info.max_side} px" if info.max_side else ""
+    share = f"{info.num_stored:,} of {info.num_images:,} images ({info.num_stored / info.num_images:.0%})"
+    return f"{share}, {human_bytes(info.num_bytes)} in {store.folder}{smaller}"
 
 
 def _table(path: Path) -> Lines:

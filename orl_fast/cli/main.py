@@ -12,6 +12,7 @@ from orl_fast.errors import OrlFastError
 
 VERBS = {
     "shard": "Pack image folders into WebDataset shards.",
+    "pixels": "Store the decoded pixels of packed images, so that nothing decodes them again.",
     "verify": "Check packed shards.",
     "train": "Pre-train: BYOL (stage 1), ORL (stage 3) and other methods.",
     "mine": "Find neighbors and corresponding RoIs (stage 2).",

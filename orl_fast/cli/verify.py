@@ -11,7 +11,7 @@ import click
 @click.option("--decode", is_flag=True, help="Also decode every image.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes [default: one per core].")
 def command(folder: Path | None, fast: bool, decode: bool, workers: int | None) -> None:
-    """Check a packed FOLDER: checksums, tar files, index, and whether mined pairs are aligned. Exit code 1 if anything is wrong."""
+    """Check a packed FOLDER: checksums, tar files, index, pixels, and whether mined pairs are aligned. Exit code 1 if any are wrong."""
     if fast and decode:
         raise click.UsageError("--fast reads no images, --decode reads them all; choose one")
     from orl_fast.errors import DataError
@@ -25,6 +25,9 @@ def command(folder: Path | None, fast: bool, decode: bool, workers: int | None) 
         click.echo(f"{file}: {message}")
     if faults:
         files = len({file for file, _ in faults})
-        raise DataError(f"{path}: {files} files are damaged; restore them, or pack the images again with orl-fast shard --overwrite")
+        remedy = "restore them, or pack the images again with orl-fast shard --overwrite"
+        if all(file.name.startswith("pixels") for file, _ in faults):
+            remedy = f"run orl-fast pixels {path} --overwrite"
+        raise DataError(f"{path}: {files} files are damaged; {remedy}")
     index = ShardIndex.open(path)
     click.echo(f"{path}: {len(index)} images in {index.num_shards} shards are as they were packed ({index.fingerprint})")

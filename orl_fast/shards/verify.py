@@ -17,13 +17,15 @@ from orl_fast.console import progress
 from orl_fast.cores import num_cores
 from orl_fast.shards.images import BadImage, packed_image
 from orl_fast.shards.index import INDEX_NAME, MANIFEST_NAME, SHARDS_NAME, ShardIndex, fingerprint_of, tar_path
+from orl_fast.shards.pixels import pixel_faults
 from orl_fast.shards.workers import run_in_workers
 
 Fault = tuple[Path, str]  # a file, and one thing that is wrong with it
 
 
 def verify_shards(folder: Path, *, fast: bool = False, decode: bool = False, num_workers: int | None = None) -> list[Fault]:
-    """Find what violates the guarantees of `write_shards`, and column shards (pairs-*.tar) that are not aligned with the images.
+    """Find what violates the guarantees of `write_shards`, column shards (pairs-*.tar) that are not aligned with the
+    images, and damaged pixels.
 
     With `fast`, only compare sizes and tables, without reading the image shards; with `decode`, also decode every image. Processes: by
     default one per core. DataError if the dataset cannot be opened (see ShardIndex.open).
@@ -38,6 +40,7 @@ def verify_shards(folder: Path, *, fast: bool = False, decode: bool = False, num
         for found in run_in_workers(check, range(index.num_shards), num_workers=workers):
             faults += found
             advance()
+    faults += pixel_faults(index, fast=fast, num_workers=num_workers or num_cores())
     return sorted(faults, key=itemgetter(0))
 
 

@@ -137,16 +137,16 @@ def _pack_shard(out: Path, folders: Sequence[Path], shard: tuple[int, list[Liste
 
 
 @contextmanager
-def new_tar(path: Path) -> Iterator[Callable[[str, bytes], int]]:
-    """Write a tar file atomically; yields `add(name, data)`, which returns the position of the member's data."""
+def new_tar(path: Path) -> Iterator[Callable[..., int]]:
+    """Write a tar file atomically; yields `add(name, *data)`, which returns the position of the member's data, given in parts."""
     with atomic_file(path) as file:
 
-        def add(name: str, data: bytes) -> int:
+        def add(name: str, *data: bytes | memoryview) -> int:
             member = tarfile.TarInfo(name)
-            member.size, member.mode = len(data), 0o444
+            member.size, member.mode = sum(map(len, data)), 0o444
             file.write(member.tobuf(tarfile.USTAR_FORMAT))  # POSIX; depends only on name and size
             start = file.tell()
-            file.write(data + bytes(-len(data) % BLOCK_BYTES))
+            file.writelines([*data, bytes(-member.size % BLOCK_BYTES)])
             return start
 
         yield add
@@ -264,6 +264,7 @@ def _work_folder(out: Path, *, inputs: str, overwrite: bool) -> Iterator[Manifes
                 _clear(out)
                 shutil.rmtree(work, ignore_errors=True)
             raise
+        remove_leftovers(out)  # of a killed run's workers, which may have outlived it for a moment
         shutil.rmtree(work, ignore_errors=True)
 
 
