@@ -119,6 +119,8 @@ class LoaderConfig(Section):
     prefetch: Count = 2  # batches rendered ahead
     hw_decoder_load: UnitInterval = 0.65  # share of JPEGs for the GPU's hardware decoder
     source: str = "mmap"  # where encoded images are read from, a key of `orl_fast.views.choose.SOURCES`
+    pixels: Literal["auto", "always", "never"] = "auto"  # read stored pixels, "auto": as far as that is faster than decoding
+    pixels_dir: str = ""  # where they are, if not where orl-fast pixels last put them
     use_patches: bool = True  # partner patches from patches-*.tar where they were packed
 
 

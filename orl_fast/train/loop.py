@@ -24,10 +24,11 @@ from orl_fast.methods import METHODS, Method
 from orl_fast.models.encoder import is_finite, weights_digest
 from orl_fast.recipe import config_to_toml
 from orl_fast.shards import ShardIndex
-from orl_fast.train.metrics import Meter, MetricsLog
+from orl_fast.train.metrics import Meter, MetricsLog, waiting_note
 from orl_fast.train.run import RECIPE, Run, restore, run_header
 from orl_fast.train.step import TrainStep, learning_rate
 from orl_fast.views.loader import ViewLoader
+from orl_fast.views.pixels import images_identity
 from orl_fast.views.sampler import Sampler
 
 
@@ -69,7 +70,7 @@ def train(run: Run, *, index: ShardIndex, ranks: Ranks, restart: bool = False, m
         if ranks.device.type == "cpu":
             torch.set_num_threads(ranks.num_threads)  # sums depend on it: the cores decide, not what ran before, nor torchrun's one thread
         train_step = TrainStep(run.method, config, ranks=ranks)
-        header = run_header(run, train_step.method, index=index.fingerprint, renderer=renderer, num_steps=num_steps)
+        header = run_header(run, train_step.method, index=images_identity(index, config.loader), renderer=renderer, num_steps=num_steps)
         first_step = 0 if restart else restore(folder, header, method=train_step.method, optimizer=train_step.optimizer)
         _require_same_start(header, train_step.method, first_step, ranks)
         last_step = num_steps if max_steps is None else min(max_steps, num_steps)
@@ -112,7 +113,7 @@ def train(run: Run, *, index: ShardIndex, ranks: Ranks, restart: bool = False, m
                 record = meter.read()
                 if metrics is not None:
                     metrics.write({"step": done, "epoch": done / steps_per_epoch, **record, **logged})
-                    waiting = f"{record['data_wait']:.0%} waiting for data"
+                    waiting = waiting_note(record)
                     note = f"loss {record['loss']:.3f}, {record['images_per_s']:.1f} images/s, {waiting}"
             advance(options.batch_size, note=note)
             if saving or keeping:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._num_losses = self._num_images = self._num_skipped = 0
         self._host_waited_s = 0.0
+        self._stages: Counter[str] = Counter()  # seconds of waiting by what the loader was busy with
         self._finished: torch.cuda.Event | None = None
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._start_s = time.perf_counter()
@@ -47,10 +49,13 @@ class Meter:
         while True:
             start_s = time.perf_counter()
             batch = next(iterator, None)
+            waited_s = time.perf_counter() - start_s
             if stream is None:
-                self._host_waited_s += time.perf_counter() - start_s
+                self._host_waited_s += waited_s
             if batch is None:
                 return
+            total_s = sum(batch.seconds.values()) or 1
+            self._stages.update({stage: waited_s * seconds / total_s for stage, seconds in batch.seconds.items()})  # type: ignore[arg-type]
             if stream is None:
                 yield batch
                 continue
@@ -85,6 +90,8 @@ class Meter:
         num_images, num_skipped = (mean_over_ranks(counts, self._ranks) * self._ranks.world_size).tolist()
         record = dict(zip(self._sums, losses, strict=True))
         record |= {"images_per_s": num_images / elapsed_s, "data_wait": self.waited_s() / elapsed_s, "skipped": num_skipped}
+        total_s = sum(self._stages.values()) or 1
+        record |= {f"wait_{stage}": record["data_wait"] * seconds / total_s for stage, seconds in self._stages.items()}
         record["time"] = round(time.time(), 3)
         self.restart()
         if not all(math.isfinite(value) for value in losses):
@@ -94,6 +101,14 @@ class Meter:
                 "Try a lower optim.lr_per_256, a longer optim.warmup_epochs, or train.precision=fp32, with --restart"
             )
         return record
+
+
+def waiting_note(record: Mapping[str, float]) -> str:
+    """Of a record: how long the device waited and, if that matters, what for."""
+    stages = {name.removeprefix("wait_"): share for name, share in record.items() if name.startswith("wait_")}
+    slowest = max(stages, key=stages.__getitem__, default="")
+    what = f", most of it for {slowest}" if slowest and record["data_wait"] >= 0.05 else ""
+    return f"{record['data_wait']:.0%} waiting for data{what}"
 
 
 def _timed_event() -> torch.cuda.Event:

@@ -26,7 +26,7 @@ RECIPE = "recipe.toml"
 # What may change between the parts of a run, since it changes no result. The renderer, and patches, have checks of their own.
 _FREE = {
     *("train.log_every_steps", "train.checkpoint_every_epochs", "train.checkpoint_every_min", "train.keep_every_epochs"),
-    *(f"loader.{key}" for key in ("renderer", "num_threads", "prefetch", "source", "use_patches")),
+    *(f"loader.{key}" for key in ("renderer", "num_threads", "prefetch", "source", "pixels", "pixels_dir", "use_patches")),
 }
 _LIMITS = {"mining.num_neighbors", "mining.pair_ratio"}  # of the mined pairs in use; the rest of `mining` is in the tables' fingerprints
 _REMEDY = "start from scratch with --restart, or use another folder with --out"

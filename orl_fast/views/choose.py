@@ -12,6 +12,7 @@ from orl_fast.cores import num_cores
 from orl_fast.errors import ConfigError
 from orl_fast.shards import ShardIndex, ShardReader
 from orl_fast.views.patches import PatchedSource, PatchStore
+from orl_fast.views.pixels import with_pixels
 from orl_fast.views.plan import ImageSource, Renderer, ViewPlan
 
 SOURCES: dict[str, Callable[[ShardIndex], ImageSource]] = {"mmap": ShardReader}
@@ -19,16 +20,17 @@ _TRIALS = 3
 
 
 def open_source(
-    index: ShardIndex, loader: LoaderConfig, *, images: ImageSource | None = None, patches: PatchStore | None = None
+    index: ShardIndex, loader: LoaderConfig, *, images: ImageSource | None = None, patches: PatchStore | None = None, shrunken: bool = False
 ) -> ImageSource:
-    """The source of a data set's images, `images` or what `loader.source` names, and of stored patches beyond the last image.
+    """The source of a data set's images, and of stored patches beyond the last image.
 
-    ConfigError: no such source.
+    The images come from `images`, or from what `loader.source` names and from stored pixels (see `with_pixels`).
+    ConfigError: no such source. DataError: stored pixels are damaged, or not where `loader.pixels_dir` says.
     """
     if images is None:
         if loader.source not in SOURCES:
             raise ConfigError(f"loader.source = {loader.source!r}: use one of {', '.join(SOURCES)}")
-        images = SOURCES[loader.source](index)
+        images = with_pixels(SOURCES[loader.source](index), index, loader, shrunken=shrunken)
     return PatchedSource(images, patches, num_images=len(index)) if patches is not None else images
 
 

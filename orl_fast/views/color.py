@@ -20,6 +20,11 @@ def recolor(red, green, blue, ops, factors, hue, gray, tile):  # type: ignore[no
         factors: [3] float32; hue: in 255ths of a circle, an integer. gray: what contrast mixes with.
         tile: [3, TILE_PX] float32, room to work in.
     """
+    active = False
+    for op in ops:
+        active |= hue != 0 if op == HUE else factors[op] != 1
+    if not active:
+        return
     for at in range(0, len(red), TILE_PX):
         n = min(TILE_PX, len(red) - at)
         r, g, b = tile[0][:n], tile[1][:n], tile[2][:n]

@@ -31,7 +31,23 @@ _pointer: Any = intrinsic(_typed_pointer)
 
 @nb.njit(cache=True, nogil=True)
 def render_crops(  # type: ignore[no-untyped-def]
-    samples, num_samples, addresses, regions, places, boxes, beyond_box, flips, orders, factors, hues, grays, sigmas, solarized, sizes, out
+    samples,
+    num_samples,
+    addresses,
+    regions,
+    scales,
+    places,
+    boxes,
+    beyond_box,
+    flips,
+    orders,
+    factors,
+    hues,
+    grays,
+    sigmas,
+    solarized,
+    sizes,
+    out,
 ):
     """Render all views of samples[0] … samples[1] - 1.
 
@@ -39,7 +55,8 @@ def render_crops(  # type: ignore[no-untyped-def]
         num_samples: B; view v of sample b is crop v * B + b.
         addresses: [U] int64 of decoded RGB pixels; 0: could not be decoded, its crops are left as they are.
         regions: [U, 4] int64 xyxy, the part of its image that each decoded image holds.
-        places: [M] int64 into the two.
+        scales: [U, 2] float64, pixels per pixel of the image, x and y: below 1 where fewer are stored.
+        places: [M] int64 into the three.
         boxes … solarized: as in `Crops`.
         sizes: [V] int64, side of each view.
         out: flat uint8; view by view [B, S, S, 3].
@@ -68,7 +85,11 @@ def render_crops(  # type: ignore[no-untyped-def]
                 continue
             pixels = carray(_pointer(address), ((region[2] - region[0]) * (region[3] - region[1]) * 3,), np.uint8)
             x1, y1, x2, y2 = boxes[m]
-            resize(pixels, region, x1, y1, x2, y2, beyond_box, size, flips[m], strip, turned, planes)
+            if not beyond_box:
+                x1, y1, x2, y2 = np.rint(x1), np.rint(y1), np.rint(x2), np.rint(y2)
+            scale_x, scale_y = scales[places[m]]
+            box = x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
+            resize(pixels, region, box, beyond_box, size, flips[m], strip, turned, planes)
             ops, hue, split = orders[m], np.int64(hues[m] * 255), 0
             if factors[m, CONTRAST] != 1:  # it depends on all pixels as they are after what comes before it
                 while ops[split] != CONTRAST:

@@ -1,9 +1,11 @@
 """The loader: for every step the views of its images, rendered ahead in the background."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -16,12 +18,13 @@ from orl_fast.errors import ConfigError
 from orl_fast.shards import ShardIndex
 from orl_fast.views.choose import faster_renderer, open_renderer, open_source
 from orl_fast.views.draw import Mined, draw_plan
-from orl_fast.views.plan import Batch, ImageSource, Renderer, Rows, ViewPlan
+from orl_fast.views.plan import Batch, ImageSource, ReadsAhead, Renderer, Rows, ViewPlan
 from orl_fast.views.sampler import Sampler
 from orl_fast.views.specs import ViewSpec
 
 DrawPlan = Callable[[Rows, int], ViewPlan]
 _BATCHES_AT_WORK = 2  # one is decoded while the other is drawn
+_PLANS_AHEAD = 2  # of the batches that are rendered
 _DEFAULTS = LoaderConfig()
 
 
@@ -39,13 +42,14 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
         """Start rendering ahead: `prefetch` micro-batches. The renderer (named `kind`) and the source are closed with the loader.
 
         Args:
-            draw: (rows [B], epoch) -> the plan of their views; called from several threads.
+            draw: (rows [B], epoch) -> the plan of their views; called from another thread.
             num_steps: steps from `start_step` on, of `sampler.accumulate` micro-batches each; None: without end.
             name_of: what the log calls a source (see `Crops.source`) that cannot be decoded.
         """
         self.sampler, self.renderer, self.renderer_kind, self.num_skipped = sampler, renderer, kind, 0
         self._draw, self._source, self._name_of, self._rank, self._prefetch = draw, source, name_of, rank, prefetch
         self._logged: set[int] = set()
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plans")
         self._threads = ThreadPoolExecutor(_BATCHES_AT_WORK, thread_name_prefix="views")
         self._submitted = self._submit(start_step, num_steps)
         self._pending = deque(islice(self._submitted, prefetch))
@@ -78,7 +82,7 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
             return draw_plan(rows, specs, seed=seed, epoch=epoch, heights=index.heights, widths=index.widths, mined=mined)
 
         trial = draw(np.arange(sampler.micro_batch, dtype=np.int64), 0)  # also raises here what it would raise in the background
-        source = open_source(index, loader, images=source, patches=mined.patches if mined is not None else None)
+        source = open_source(index, loader, images=source, patches=mined.patches if mined is not None else None, shrunken=True)
         kind: str = loader.renderer
         if kind == "auto":
             kind = faster_renderer(source, loader, trial=trial, device=device, num_threads=num_threads)
@@ -109,6 +113,7 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
     def close(self) -> None:
         """Stop rendering; let go of threads, files and memory."""
         self._pending.clear()
+        self._planner.shutdown(cancel_futures=True)
         self._threads.shutdown(cancel_futures=True)
         self.renderer.close()
         if self._source is not None:
@@ -118,10 +123,24 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
         self.close()
 
     def _submit(self, start_step: int, num_steps: int | None) -> Iterator[Future[Batch]]:
+        """Plans are drawn a few batches before they are rendered, so that the source can read ahead."""
+        plans: deque[Future[ViewPlan]] = deque()
         for step in islice(count(start_step), num_steps):
             for micro in range(self.sampler.accumulate):
                 rows = self.sampler.rows(step, rank=self._rank, micro=micro)
-                yield self._threads.submit(self._render, rows, self.sampler.epoch_of(step))
+                plans.append(self._planner.submit(self._plan, rows, self.sampler.epoch_of(step)))
+                if len(plans) > _PLANS_AHEAD:
+                    yield self._threads.submit(self._render, plans.popleft(), time.perf_counter())
+        while plans:
+            yield self._threads.submit(self._render, plans.popleft(), time.perf_counter())
 
-    def _render(self, rows: Rows, epoch: int) -> Batch:
-        return self.renderer.render(self._draw(rows, epoch))
+    def _plan(self, rows: Rows, epoch: int) -> ViewPlan:
+        plan = self._draw(rows, epoch)
+        if isinstance(self._source, ReadsAhead):
+            self._source.announce(plan)
+        return plan
+
+    def _render(self, plan: Future[ViewPlan], submitted_s: float) -> Batch:
+        started_s = time.perf_counter()
+        batch = self.renderer.render(plan.result())
+        return replace(batch, seconds={"queue": started_s - submitted_s, **batch.seconds})

@@ -3,7 +3,7 @@
 import mmap
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from orl_fast.errors import DataError, StaleError
 from orl_fast.tables import open_array, open_info
-from orl_fast.views.plan import ImageSource, Rows
+from orl_fast.views.plan import AnyImage, ImageSource, ReadsAhead, Rows, ViewPlan
 
 PATCH_SIDE_PX = 128
 _REMEDY = "orl-fast mine patches"
@@ -63,11 +63,16 @@ class PatchedSource:
     def __init__(self, images: ImageSource, patches: PatchStore, *, num_images: int) -> None:
         self._images, self._patches, self._num_images = images, patches, num_images
 
-    def views(self, rows: Rows, /) -> list[NDArray[np.uint8]]:
+    def views(self, rows: Rows, /) -> list[AnyImage]:
         rows = np.asarray(rows)
         stored = rows >= self._num_images
-        images, patches = iter(self._images.views(rows[~stored])), (self._patches.view(int(row)) for row in rows[stored] - self._num_images)
+        images: Iterator[AnyImage] = iter(self._images.views(rows[~stored]))
+        patches: Iterator[AnyImage] = (self._patches.view(int(row)) for row in rows[stored] - self._num_images)
         return [next(patches if is_patch else images) for is_patch in stored.tolist()]
+
+    def announce(self, plan: ViewPlan, /) -> None:
+        if isinstance(self._images, ReadsAhead):
+            self._images.announce(plan)
 
     def close(self) -> None:
         self._images.close()

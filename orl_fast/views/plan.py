@@ -5,14 +5,18 @@ no randomness. So any step of any epoch can be drawn alone, by any rank or threa
 Renderers: `reference` (PIL and torchvision), `cpu` (DALI and numba), `gpu` (one DALI graph).
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from orl_fast.shards.pixels import Decoded
+
+_FILTER_MARGIN_PX = 2
+AnyImage = NDArray[np.uint8] | Decoded
 Rows = NDArray[np.int64]
 Sides = NDArray[np.int32]  # [N] heights or widths of all images, pixels
 
@@ -76,16 +80,37 @@ def roi_crops(rows: Rows, boxes: NDArray[np.int16] | NDArray[np.float32], *, siz
 
 
 class ImageSource(Protocol):
-    """Encoded images by row: `ShardReader` (memory-mapped shards), `PatchedSource`, or one of your own.
+    """Images by row: `ShardReader` (memory-mapped JPEGs), `PixelSource`, `PatchedSource`, or one of your own.
 
-    `views` is called from several threads. It returns the bytes of each row, [size] uint8, in the order asked for, without a copy where
-    that is possible; they must stay valid as long as the arrays are held. An image that is missing or damaged may be any bytes: the
-    renderer skips and counts what does not decode. `close` lets go of files and threads.
+    `views` is called from several threads. It returns each row's encoded bytes, [size] uint8, or its pixels (`Decoded`), in the order asked
+    for, without a copy where that is possible; they must stay valid as long as the arrays are held. An image that is missing or damaged may
+    be any bytes: the renderer skips and counts what does not decode. `close` lets go of files and threads.
     """
 
-    def views(self, rows: Rows, /) -> list[NDArray[np.uint8]]: ...
+    def views(self, rows: Rows, /) -> Sequence[AnyImage]: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """What an `ImageSource` has too if it can use the time until a plan is rendered."""
+
+    def announce(self, plan: ViewPlan, /) -> None: ...
+
+
+def needed_regions(plan: ViewPlan, places: Rows, num_sources: int) -> NDArray[np.int64]:
+    """[num_sources, 4] int64 xyxy: what the crops, whose sources are at `places` [M], need of each source; may reach beyond the image."""
+    low, high = np.floor(plan.crops.box[:, :2]).astype(np.int64), np.ceil(plan.crops.box[:, 2:]).astype(np.int64)
+    if plan.beyond_box:
+        sizes = np.repeat(list(plan.sizes_px.values()), len(plan.rows))[:, None]
+        reach = np.ceil(np.maximum((high - low) / sizes, 1)).astype(np.int64) + _FILTER_MARGIN_PX
+        low, high = low - reach, high + reach
+    regions = np.zeros((num_sources, 4), np.int64)
+    regions[:, :2] = np.iinfo(np.int32).max
+    np.minimum.at(regions[:, :2], places, np.maximum(low, 0))
+    np.maximum.at(regions[:, 2:], places, high)
+    return regions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +121,7 @@ class Batch:
     rows: Rows  # [B] the images rendered
     bad_rows: Rows  # the images left out because they, or their neighbor, could not be decoded
     bad_sources: Rows  # what could not be decoded: rows, and numbers of patches (see `Crops.source`)
+    seconds: Mapping[str, float] = field(default_factory=dict)  # that each stage of rendering took, and waiting in the queue before it
 
 
 class Renderer(Protocol):

@@ -5,12 +5,12 @@ import io
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms import functional as tv  # type: ignore[import-untyped]
 
-from orl_fast.views.plan import Batch, Crops, ImageSource, ViewPlan, without_bad
+from orl_fast.shards.pixels import Decoded
+from orl_fast.views.plan import AnyImage, Batch, Crops, ImageSource, ViewPlan, without_bad
 
 _ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 _UNCHANGED = (1, 1, 1, 0)
@@ -42,8 +42,10 @@ class ReferenceRenderer:
         """Nothing is held."""
 
 
-def decode(data: NDArray[np.uint8]) -> Image.Image:
-    """An RGB image from encoded bytes."""
+def decode(data: AnyImage) -> Image.Image:
+    """An RGB image from encoded bytes, or from pixels: fewer than the image has are enlarged."""
+    if isinstance(data, Decoded):
+        return Image.fromarray(data.pixels).resize((data.width, data.height), Image.Resampling.BILINEAR)  # a copy where they are equal
     with Image.open(io.BytesIO(data.data)) as image:
         return image.convert("RGB")
 

@@ -70,20 +70,20 @@ def _widened(pixels, row_bytes):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
-def resize(pixels, region, x1, y1, x2, y2, beyond_box, size, flip, strip, turned, planes):  # type: ignore[no-untyped-def]
+def resize(pixels, region, box, beyond_box, size, flip, strip, turned, planes):  # type: ignore[no-untyped-def]
     """Cut out a box and resize it.
 
     Args:
-        pixels: flat uint8, RGB of the `region` xyxy of the image.
+        pixels: flat uint8, RGB of the `region` xyxy of the image. box: xyxy, floats, in the same coordinates.
         strip: [16 * n] uint8 and turned: [n * padded(size)] uint8, room to work in; n = padded(3 * width of the region).
         planes: [3, padded(size), padded(size)] uint8: where the view goes, transposed: channel, x, y.
     """
     left, top, right, bottom = region[0], region[1], region[2], region[3]
     row_bytes = (right - left) * 3
-    if not beyond_box:
-        x1, y1, x2, y2 = np.rint(x1), np.rint(y1), np.rint(x2), np.rint(y2)
-        left, top = min(max(int(x1), left), right - 1), min(max(int(y1), top), bottom - 1)
-        right, bottom = min(max(int(x2), left + 1), right), min(max(int(y2), top + 1), bottom)
+    x1, y1, x2, y2 = box
+    if not beyond_box:  # only pixels that the box covers at least in part are read
+        left, top = min(max(int(np.floor(x1)), left), right - 1), min(max(int(np.floor(y1)), top), bottom - 1)
+        right, bottom = min(max(int(np.ceil(x2)), left + 1), right), min(max(int(np.ceil(y2)), top + 1), bottom)
     first_x, count_x, weights_x = _triangle(x1, x2, left, right, size)
     first_y, count_y, weights_y = _triangle(y1, y2, top, bottom, size)
     left, right = first_x[0], first_x[size - 1] + count_x[size - 1]

@@ -1,6 +1,7 @@
 """What is measured between two log steps, and what is kept of it."""
 
 import json
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from orl_fast.distributed import Ranks
 from orl_fast.errors import DataError
 from orl_fast.train import metrics
-from orl_fast.train.metrics import Meter, MetricsLog
+from orl_fast.train.metrics import Meter, MetricsLog, waiting_note
 from tests.synthetic import small_config, synthetic_batch
 
 
@@ -56,3 +57,19 @@ def test_records_beyond_the_step_of_a_resumed_run_are_dropped(tmp_path: Path) ->
     log.close()
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [3.0, 2.0, 1.5]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_waiting_is_split_by_what_the_loader_was_busy_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics.time, "perf_counter", iter([0.0, 0.0, 4.0, 4.0, 5.0, 5.0, 5.0, 10.0, 10.0]).__next__)
+    config, meter = small_config(), Meter(Ranks())
+    slow, fast = ({"queue": 1.0, "decoding": 2.0, "drawing": 1.0}, {"queue": 0.0, "decoding": 0.0, "drawing": 3.0})
+    batches = [replace(synthetic_batch("byol", config, 2), seconds=seconds) for seconds in (slow, fast)]
+    assert len(list(meter.feed(batches))) == 2  # waited 4 s for the one, 1 s for the other
+    meter.add({"loss": torch.tensor(1.0)}, num_images=2, num_skipped=0)
+    record = meter.read()
+    assert record["data_wait"] == 0.5
+    assert {name: value for name, value in record.items() if name.startswith("wait_")} == pytest.approx(
+        {"wait_queue": 0.1, "wait_decoding": 0.2, "wait_drawing": 0.2}
+    )
+    assert waiting_note({**record, "wait_decoding": 0.21}) == "50% waiting for data, most of it for decoding"
+    assert waiting_note({"data_wait": 0.01, "wait_drawing": 0.01}) == "1% waiting for data"

@@ -12,7 +12,7 @@ from orl_fast.errors import ConfigError
 from orl_fast.views import Batch, ViewPlan, choose
 from orl_fast.views.choose import faster_renderer, open_renderer, open_source
 from orl_fast.views.cpu import CpuRenderer
-from orl_fast.views.gpu import DaliRenderer
+from orl_fast.views.gpu import _Graph
 from tests.conftest import pack
 from tests.views.conftest import Photos, byol_plan, only
 
@@ -129,15 +129,14 @@ def test_a_graph_that_cannot_be_built_is_not_hidden_by_its_fallback(
 ) -> None:
     """The real renderers: the GPU's renders single batches on the CPU where its graph refuses them."""
 
-    class Broken(DaliRenderer):
-        def _run(self, plan: ViewPlan) -> Batch:
-            raise RuntimeError("nvJPEG: driver too old")
+    def broken(self: _Graph, plan: ViewPlan) -> Batch:
+        raise RuntimeError("nvJPEG: driver too old")
 
     def without_pinned_memory(source: Photos, *, num_threads: int, pin_memory: bool) -> CpuRenderer:
         assert pin_memory
         return CpuRenderer(source, num_threads=num_threads)
 
-    monkeypatch.setattr("orl_fast.views.gpu.DaliRenderer", Broken)
+    monkeypatch.setattr(_Graph, "run", broken)
     monkeypatch.setattr("orl_fast.views.cpu.CpuRenderer", without_pinned_memory)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert faster_renderer(photos, LoaderConfig(), trial=trial, device=_GPU, num_threads=2) == "cpu"

@@ -1,5 +1,8 @@
 """The DALI graph against the reference: on the CPU everywhere, on a GPU where there is one."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from orl_fast.config import ViewsConfig
 from orl_fast.views import Batch, ViewPlan
 from orl_fast.views.cpu import CpuRenderer
 from orl_fast.views.draw import Mined
-from orl_fast.views.gpu import DaliRenderer
+from orl_fast.views.gpu import DaliRenderer, _Graph
 from orl_fast.views.plan import center_crops
 from orl_fast.views.reference import ReferenceRenderer
 from tests.views.conftest import Photos, byol_plan, only, orl_plan
@@ -83,23 +86,27 @@ def test_a_bad_image_is_dropped_and_the_next_batch_is_whole(device: str | None, 
     assert torch.equal(renderer.render(plan).views["view1"], whole.views["view1"])
 
 
-class Refusing(DaliRenderer):
-    """Its graph refuses some sources, as a GPU's decoder refuses JPEGs that the CPU decodes."""
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Sources that the graphs refuse, as a GPU's decoder refuses JPEGs that the CPU decodes."""
+    sources: set[int] = set()
+    run = _Graph.run
 
-    refused: frozenset[int] = frozenset()
-
-    def _run(self, plan: ViewPlan) -> Batch:
-        if self.refused & set(plan.crops.source.tolist()):
+    def refusing(self: _Graph, plan: ViewPlan) -> Batch:
+        if sources & set(plan.crops.source.tolist()):
             raise RuntimeError("nvJPEG: unsupported\nstack trace")
-        return super()._run(plan)
+        return run(self, plan)
+
+    monkeypatch.setattr(_Graph, "run", refusing)
+    return sources
 
 
 def test_an_image_that_only_the_graph_refuses_is_rendered_on_the_cpu_and_counted(
-    photos: Photos, cpu: CpuRenderer, caplog: pytest.LogCaptureFixture
+    photos: Photos, cpu: CpuRenderer, refused: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = byol_plan(np.arange(6), photos, only(image_size_px=32))
-    renderer = Refusing(photos, num_threads=2)
-    renderer.refused = frozenset({4})
+    renderer = DaliRenderer(photos, num_threads=2)
+    refused.add(4)
     found, expected = renderer.render(plan), cpu.render(plan)
     assert np.array_equal(found.rows, plan.rows)
     assert len(found.bad_rows) == len(found.bad_sources) == 0
@@ -112,12 +119,12 @@ def test_an_image_that_only_the_graph_refuses_is_rendered_on_the_cpu_and_counted
     renderer.close()
 
 
-def test_a_damaged_image_beside_a_refused_one_is_the_only_one_skipped(photos: Photos, cpu: CpuRenderer) -> None:
+def test_a_damaged_image_beside_a_refused_one_is_the_only_one_skipped(photos: Photos, cpu: CpuRenderer, refused: set[int]) -> None:
     damaged = Photos(list(photos.data[:6]), photos.heights, photos.widths)
     damaged.data[2] = np.zeros(300, np.uint8)
     plan = byol_plan(np.arange(6), photos, only(image_size_px=32))
-    renderer = Refusing(damaged, num_threads=2)
-    renderer.refused = frozenset({4})
+    renderer = DaliRenderer(damaged, num_threads=2)
+    refused.add(4)
     found, expected = renderer.render(plan), cpu.render(plan)
     assert np.array_equal(found.rows, [0, 1, 3, 4, 5])
     assert (found.bad_rows.tolist(), found.bad_sources.tolist()) == ([2], [2])
@@ -126,12 +133,12 @@ def test_a_damaged_image_beside_a_refused_one_is_the_only_one_skipped(photos: Ph
     renderer.close()
 
 
-def test_a_graph_that_always_fails_is_not_hidden(photos: Photos) -> None:
+def test_a_graph_that_always_fails_is_not_hidden(photos: Photos, refused: set[int]) -> None:
     """Some batches in a row may be the images' fault: few before the graph has ever run, more afterwards."""
     plan, other = (byol_plan(rows, photos, only(image_size_px=8)) for rows in (np.arange(3), np.arange(3, 6)))
     for runs_first, allowed in ((False, 2), (True, 20)):
-        renderer = Refusing(photos, num_threads=2)
-        renderer.refused = frozenset({1})
+        renderer = DaliRenderer(photos, num_threads=2)
+        refused.add(1)
         if runs_first:
             renderer.render(plan)  # a success begins the count again
             renderer.render(other)
@@ -142,3 +149,13 @@ def test_a_graph_that_always_fails_is_not_hidden(photos: Photos) -> None:
         with pytest.raises(RuntimeError, match="nvJPEG"):
             renderer.render(plan)
         renderer.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_rendered_at_once_are_those_rendered_one_by_one(device: str | None, photos: Photos) -> None:
+    plans = [byol_plan(np.arange(k, k + 4), photos, only(image_size_px=32), epoch=k) for k in range(12)]
+    with closing(DaliRenderer(photos, num_threads=2, device=torch.device(device) if device else None)) as renderer:
+        expected = [renderer.render(plan).views["view1"].cpu() for plan in plans]
+        with ThreadPoolExecutor(3) as pool:
+            found = [batch.views["view1"].cpu() for batch in pool.map(renderer.render, plans)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -2,10 +2,12 @@
 
 import gc
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -274,3 +276,22 @@ def test_auto_is_resolved_before_the_loader_starts(packed: ShardIndex, monkeypat
     with ViewLoader.open(packed, specs_of(VIEWS, "view1"), batch_size=4, num_steps=1) as loader:
         assert loader.renderer_kind == "reference"
         assert isinstance(loader.renderer, ReferenceRenderer)
+
+
+def test_the_documented_loader_runs(packed: ShardIndex) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "loading.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) == 10
+    changes = {
+        "shards/coco": str(packed.path),
+        "batch_size=256": "batch_size=4",
+        "num_steps=1000": "num_steps=2",
+        "size_px=224": "size_px=32",
+    }
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["second"].shape == (4, 3, 32, 32)
+    assert names["second"].is_floating_point()
