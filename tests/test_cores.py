@@ -47,3 +47,25 @@ def test_affinity_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= cores.num_cores() <= len(os.sched_getaffinity(0))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     assert cores.num_cores() == 1
+
+
+def test_busy_time_is_that_of_this_processs_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "cpu  9 9 9 9\ncpu0 100 0 50 800 30 0 20 0 7 7\ncpu1 200 0 50 500 0 0 0 10 0 0\ncpu10 5 5 5 5 5 5 5 5 5 5\nintr 5\n"
+    monkeypatch.setattr(cores, "_read", lambda _: text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert cores.cpu_times().busy_s == (170 + 260) / os.sysconf("SC_CLK_TCK")
+
+
+def test_cores_of_which_nothing_is_known_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_read", lambda _: "")
+    before, after = cores.cpu_times(), cores.cpu_times()
+    assert after.busy_s - before.busy_s == pytest.approx((after.wall_s - before.wall_s) * (os.cpu_count() or 1))
+
+
+def test_own_work_is_counted_as_busy_and_as_own() -> None:
+    before = cores.cpu_times()
+    while cores.cpu_times().own_s < before.own_s + 0.3:
+        sum(range(10_000))
+    after = cores.cpu_times()
+    assert after.own_s - before.own_s > 0.29
+    assert after.busy_s - before.busy_s >= 0.2

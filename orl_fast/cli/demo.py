@@ -1,6 +1,7 @@
 """`orl-fast demo`: the whole method on synthetic scenes, in minutes."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -18,13 +19,15 @@ def command(out: Path, seed: int, fast: bool, restart: bool) -> None:
     """
     from orl_fast.demo.run import FAST, Demo, DemoSize, Stopped, learned_beat_random
     from orl_fast.distributed import process_group
+    from orl_fast.spin import spinning_while_idle
 
     with process_group() as ranks:
         demo = Demo(folder=out, seed=seed, size=FAST if fast else DemoSize(), ranks=ranks)
         if restart:
             demo.clear()
         try:
-            results = demo.run()
+            with spinning_while_idle() if ranks.device.type == "cpu" else nullcontext():
+                results = demo.run()
         except Stopped as stopped:
             click.echo(f"Stopped; run the same command to resume in {out}.")
             sys.exit(128 + stopped.signum)

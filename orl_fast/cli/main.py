@@ -9,6 +9,7 @@ import click
 
 from orl_fast.cli.group import LazyGroup
 from orl_fast.errors import OrlFastError
+from orl_fast.spin import allow_spinning
 
 VERBS = {
     "shard": "Pack image folders into WebDataset shards.",
@@ -56,6 +57,8 @@ def cli(verbose: bool, quiet: bool) -> None:
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted."""
+    if {"train", "demo"} & set(sys.argv[1:3]):
+        allow_spinning(os.environ)
     # Waiting OpenMP threads sleep instead of spinning, since they share the cores with the loader's threads. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

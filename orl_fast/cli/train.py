@@ -1,6 +1,7 @@
 """`orl-fast train`: stage 1, stage 3, and the other methods."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -37,6 +38,7 @@ def command(
     from orl_fast.distributed import process_group
     from orl_fast.places import default_shards
     from orl_fast.shards import ShardIndex
+    from orl_fast.spin import spinning_while_idle
     from orl_fast.train.loop import train
     from orl_fast.train.run import choose_run
 
@@ -50,7 +52,8 @@ def command(
         )
         if ranks.device.type == "cpu" and device == "auto":
             announce("no GPU here: training on the CPU")
-        outcome = train(run, index=index, ranks=ranks, restart=restart, max_steps=max_steps)
+        with spinning_while_idle() if ranks.device.type == "cpu" else nullcontext():
+            outcome = train(run, index=index, ranks=ranks, restart=restart, max_steps=max_steps)
     code, checkpoint = 128 + outcome.signum if outcome.signum else 0, run.folder / CHECKPOINT
     if not ranks.is_main:
         sys.exit(code)
