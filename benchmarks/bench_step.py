@@ -3,7 +3,7 @@
 Three groups. "feeding": the step alone on views that lie on the device, the loader alone, and both together; the row of the latter names
 the bottleneck. "step": ORL's step with each choice of memory format, precision, compilation and joined views, against a plain one as one
 would write it (float32, contiguous, one kernel per parameter for optimizer and target network, the loss read in every step). "update":
-optimizer and target network alone.
+optimizer and target network alone. With `--step-ms`, `benchmarks.rehearsal` runs instead.
 """
 
 import contextlib
@@ -213,6 +213,11 @@ def _packed(source: Path | None, folder: Path, *, num_images: int) -> ShardIndex
     """The packed folder given, if it is one and large enough; else its photographs, repeated as often as needed."""
     if source is not None and (source / "manifest.json").is_file() and len(index := ShardIndex.open(source)) >= num_images:
         return index
+    return packed_photographs(source, folder, num_images=num_images)
+
+
+def packed_photographs(source: Path | None, folder: Path, *, num_images: int) -> ShardIndex:
+    """Photographs of the source, repeated as often as needed, packed in `folder`."""
     jpegs = load_jpegs(source, limit=num_images)
     (folder / "photographs").mkdir()
     for i in range(num_images):

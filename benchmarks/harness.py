@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ class Row:
     ratio: float
     ratio_iqr: float = 0.0
     group: str = ""
+
+
+Columns = Mapping[str, Callable[[Any], str]]  # heading, and what the cell of a row shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +81,29 @@ def compare(
             name=contender.name,
             unit=unit,
             median=float(np.median(rates[i])),
-            iqr=_iqr(rates[i]),
+            iqr=iqr(rates[i]),
             ratio=float(np.median(ratios[i])),
-            ratio_iqr=_iqr(ratios[i]),
+            ratio_iqr=iqr(ratios[i]),
             group=group,
         )
         for i, contender in enumerate(contenders)
     ]
 
 
-def _iqr(values: np.ndarray[Any, Any]) -> float:
+@cache
+def available(module: str, *, needed_by: str, remedy: str) -> bool:
+    """Whether an optional package can be imported; if not, one line says which contenders are skipped, and what installs it."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # a package that is there may still fail to load its libraries
+        reason = str(error).partition("\n")[0]
+        print(f"skipped: {needed_by}: the package {module.partition('.')[0]} cannot be imported ({reason}); {remedy}")
+        return False
+    return True
+
+
+def iqr(values: np.ndarray[Any, Any]) -> float:
+    """The interquartile range."""
     low, high = np.percentile(values, [25, 75])
     return float(high - low)
 
@@ -116,6 +133,8 @@ def versions() -> dict[str, str]:
         "faiss-cpu",
         "webdataset",
         "spdl",
+        "torchcodec",
+        "lightly",
         "pillow",
     )
     found = {"python": platform.python_version()}
@@ -127,9 +146,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def result(title: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """The JSON form: {"benchmark", "machine", "versions", "rows"}."""
-    return {"benchmark": title, "machine": machine(), "versions": versions(), "rows": [asdict(row) for row in rows]}
+def result(title: str, rows: Sequence[Row], *, note: str = "") -> dict[str, Any]:
+    """The JSON form: {"benchmark", "machine", "versions", "rows"}, and "note" where there is one."""
+    found = {"benchmark": title, "machine": machine(), "versions": versions(), "rows": [asdict(row) for row in rows]}
+    return found | ({"note": note} if note else {})
 
 
 def save_json(path: Path, results: Mapping[str, Any]) -> None:
@@ -169,23 +189,34 @@ def save_plot(path: Path, title: str, rows: Sequence[Row]) -> None:
 
 
 def report(name: str, source: Path | None, json_path: Path, *, quick: bool) -> None:
-    """Run bench_NAME; print its table, write JSON and, where matplotlib is installed, a picture next to it."""
+    """Run bench_NAME; print its table and its NOTE, write JSON and, where matplotlib is installed, a picture next to it."""
+    title = f"orl-fast bench {name}" + (" --quick" if quick else "")
+    module = importlib.import_module(f"benchmarks.bench_{name}")
+    rows: list[Row] = module.run(source, quick=quick)
+    columns: Columns = {
+        "rate (median)": lambda row: f"{row.median:,.4g} {row.unit}",
+        "spread (IQR)": lambda row: f"{row.iqr:,.3g}",
+        "ratio": lambda row: f"{row.ratio:.2f}× ± {row.ratio_iqr / 2:.2f}",
+    }
+    publish(title, rows, json_path, columns=columns, note=getattr(module, "NOTE", ""))
+
+
+def publish(title: str, rows: Sequence[Row], json_path: Path, *, columns: Columns, note: str) -> None:
+    """Print a table of these columns (by heading, what it shows of a row), write JSON and, where possible, a picture."""
     from rich.console import Console
     from rich.table import Table
 
-    title = f"orl-fast bench {name}" + (" --quick" if quick else "")
-    rows: list[Row] = importlib.import_module(f"benchmarks.bench_{name}").run(source, quick=quick)
-    table = Table("", "rate (median)", "spread (IQR)", "ratio", title=title, title_justify="left")
+    table = Table("", *columns, title=title, title_justify="left", caption=note, caption_justify="left")
     group = None
     for row in rows:
         if row.group and row.group != group:
             table.add_section()
-            table.add_row(f"[bold]{row.group}", "", "", "")
+            table.add_row(f"[bold]{row.group}")
         group = row.group
-        table.add_row(row.name, f"{row.median:,.4g} {row.unit}", f"{row.iqr:,.3g}", f"{row.ratio:.2f}× ± {row.ratio_iqr / 2:.2f}")
+        table.add_row(row.name, *(show(row) for show in columns.values()))
     screen = Console()
     Console(width=max(screen.width, 110)).print(table)  # what is piped into a file need not be narrow
-    save_json(json_path, result(title, rows))
+    save_json(json_path, result(title, rows, note=note))
     picture = json_path.with_suffix(".png")
     try:
         save_plot(picture, title, rows)
