@@ -3,9 +3,9 @@
 Same graph, other device: "gpu" decodes with the hardware decoder and gives CUDA tensors without a copy; "dali-cpu" runs, and is tested,
 anywhere. Departures from the plan, bounded by tests against the reference: brightness and saturation that follow each other act as one
 matrix, without clipping in between; the hue is rotated after the other three whatever the drawn order; where the resize filter reaches over
-a crop's edge it repeats the edge; the blur is a Gaussian of equal variance in place of PIL's six box blurs, each rounded (0.6 levels on
-average, at most 6 but for the outermost pixels, where DALI mirrors the view). Otherwise each operation is the reference's within rounding.
-The hue is rotated in HSV as PIL does it: DALI's own `hsv` rotates in YIQ, 5 levels off on average.
+a crop's edge it repeats the edge; the blur is a Gaussian of equal variance in place of PIL's six box blurs, each rounded (on photographs
+0.6 levels on average, at most 6 but for the outermost pixels, where DALI mirrors the view). Otherwise each operation is the reference's
+within rounding. The hue is rotated in HSV as PIL does it: DALI's own `hsv` rotates in YIQ, 5 levels off on average.
 """
 
 import threading
