@@ -1,19 +1,21 @@
 """Groups whose commands are listed in a table, so that each is loaded only when it is used."""
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import click
 
 
-class LazyGroup(click.Group):
+class LazyGroup(click.Group, ABC):
     """A subclass has the table, name → line in the help; what its entries are called; and loads one of them."""
 
     table: Mapping[str, str]
     noun: str
 
+    @abstractmethod
     def load(self, name: str) -> click.Command:
-        raise NotImplementedError
+        """The command of an entry of the table."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.table)
