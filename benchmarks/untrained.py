@@ -4,13 +4,14 @@ from pathlib import Path
 
 from orl_fast.checkpoint import write_checkpoint
 from orl_fast.config import Config
-from orl_fast.models import random_encoder
+from orl_fast.models import Mlp, random_encoder
 from orl_fast.recipe import config_to_dict
 
 
 def write_untrained(path: Path, config: Config) -> None:
     """Write the checkpoint of a run of no steps."""
     encoder = random_encoder(config)
+    assert isinstance(encoder.projector, Mlp)
     header = {
         "method": "byol", "step": 0, "num_steps": 0, "config": config_to_dict(config), "index": "", "mined": {}, "renderer": "cpu",
         "versions": {}, "encoder": {"backbone": config.model.backbone, "projector": encoder.projector.settings, "prefix": "online."},

@@ -71,12 +71,16 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
     MissingStageError if there is no such file, DataError if it is damaged, no checkpoint, or of another format.
     """
+    return _checked(path, read_state(path), _KEYS | {"model", "optimizer"})
+
+
+def read_state(path: Path) -> Any:
+    """What `torch.save` wrote, read with `weights_only=True` onto the CPU, its checksums verified; raises as `read_checkpoint`."""
     with _opened(path) as archive:  # torch.load itself compares no checksums, and gives what was in memory for an entry marked as a folder
         damaged = archive.testzip() or next((entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER), None)
         if damaged is not None:
             raise DataError(f"{path}: damaged ({damaged} fails its checksum); {_REMEDY}")
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    return _checked(path, values, _KEYS | {"model", "optimizer"})
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_latest(folder: Path, write: Callable[[Path], None]) -> None:

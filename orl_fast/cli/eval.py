@@ -15,6 +15,7 @@ from orl_fast.config import Section
 from orl_fast.errors import ConfigError
 from orl_fast.evals import EVALS
 
+_CHECKPOINT = """CHECKPOINT is a checkpoint.pt or the run folder that holds it, or `random`: the backbone untrained (--backbone NAME)."""
 _FLAGS = {"num_neighbors": "neighbors", "size_px": "size"}  # a field's name, where its option has another
 
 
@@ -34,23 +35,25 @@ def _command(name: str) -> click.Command:
     module: Any = importlib.import_module(f"orl_fast.evals.{name.replace('-', '_')}")
     fields: dict[str, FieldInfo] = module.Options.model_fields
     common = [
-        click.Argument(["checkpoint"], type=click.Path(path_type=Path)),
+        click.Argument(["checkpoint"]),
         click.Argument(["data"], type=click.Path(path_type=Path), required="annotations" not in fields),
         *(_option(field, info) for field, info in fields.items()),
+        click.Option(["--backbone"], help="Architecture, where CHECKPOINT does not say it, for example resnet50."),
+        click.Option(["--out"], type=click.Path(path_type=Path, file_okay=False), help="Folder of evals.jsonl [default: CHECKPOINT's]."),
         click.Option(["--random-init"], is_flag=True, help="Also evaluate the same backbone untrained."),
         click.Option(["--workers"], type=click.IntRange(min=1), help="Threads that read and render [default: one per core]."),
         click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         click.Option(["--json", "json_file"], type=click.Path(path_type=Path, dir_okay=False), help="Also write the records to this file."),
     ]
 
-    def callback(checkpoint: Path, data: Path | None, **values: Any) -> None:
+    def callback(checkpoint: str, data: Path | None, **values: Any) -> None:
         chosen = {field: values.pop(field) for field in fields}
         source = data or chosen.get("annotations")
         if source is None or (data is not None and chosen.get("annotations") is not None):
             raise click.UsageError("give either DATA or --annotations FILE")
         _run(name, module, checkpoint, source, _checked(module.Options, chosen), **values)
 
-    text = f"{module.__doc__.strip()}\n\n{inspect.getdoc(module.Options)}\n\nCHECKPOINT is checkpoint.pt or the run folder that holds it."
+    text = f"{module.__doc__.strip()}\n\n{inspect.getdoc(module.Options)}\n\n{_CHECKPOINT}"
     return click.Command(name, params=common, callback=callback, help=text, short_help=EVALS[name])
 
 
@@ -91,8 +94,8 @@ def _checked(options: type[Section], chosen: dict[str, Any]) -> Section:
 
 
 def _run(
-    name: str, module: Any, checkpoint: Path, data: Path, options: Section, *, random_init: bool, workers: int | None, device: Any,
-    json_file: Path | None,
+    name: str, module: Any, checkpoint: str, data: Path, options: Section, *, backbone: str | None, out: Path | None, random_init: bool,
+    workers: int | None, device: Any, json_file: Path | None,
 ) -> None:  # fmt: skip
     from rich.console import Console
     from rich.table import Table
@@ -103,10 +106,12 @@ def _run(
     from orl_fast.files import write_json
 
     with process_group(device) as ranks:
-        if ranks.world_size > 1:
-            raise ConfigError(f"{ranks.world_size} ranks: an evaluation is one process; start it without torchrun")
-        context = Context(device=ranks.device, num_threads=workers or ranks.num_threads)
-        records = evaluate(name, checkpoint, data, options, context=context, random_init=random_init)
+        if ranks.world_size > 1 and not getattr(module, "DISTRIBUTED", False):
+            raise ConfigError(f"{ranks.world_size} ranks: eval {name} is one process; start it without torchrun")
+        context = Context(device=ranks.device, num_threads=workers or ranks.num_threads, ranks=ranks)
+        records = evaluate(name, checkpoint, data, options, context=context, backbone=backbone, out=out, random_init=random_init)
+    if not ranks.is_main:
+        return
     table = Table("backbone", *(str(heading) for heading in module.SCORES.values()), title=EVALS[name].rstrip("."), title_justify="left")
     for record in records:
         table.add_row(record["backbone"], *(f"{100 * record['values'][key]:.1f} %" for key in module.SCORES))

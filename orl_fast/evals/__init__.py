@@ -1,7 +1,10 @@
 """Evaluations of frozen backbones, one module each, found by name in `EVALS`: CONTRIBUTING says what a module defines."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from orl_fast.distributed import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -18,3 +21,7 @@ class Context:
 
     device: "torch.device"
     num_threads: int = 1
+    ranks: Ranks = Ranks()  # noqa: RUF009  immutable. One, unless the module sets `DISTRIBUTED = True` and was started by torchrun
+    # A folder for what it keeps between calls (features, checkpoints of its own), made when first written to. Another folder for each
+    # encoder, data and options, the same on every call with them. None: nothing is kept.
+    work: Path | None = None

@@ -11,19 +11,23 @@ from torch import Tensor, nn
 from orl_fast.checkpoint import checkpoint_path, read_checkpoint
 from orl_fast.config import Config, MiningConfig
 from orl_fast.errors import ConfigError, DataError
+from orl_fast.models.backbone import Backbone, build_backbone
 from orl_fast.models.heads import pool
 from orl_fast.models.network import Network
 
+_MINING = MiningConfig()
+
 
 class Encoder(nn.Module):
-    """A backbone with its projector, in eval mode and without gradients."""
+    """A backbone, with its projector where it has one, in eval mode and without gradients."""
 
-    def __init__(self, network: Network, *, mining: MiningConfig) -> None:
+    def __init__(self, backbone: Backbone, projector: nn.Module | None, *, name: str, mining: MiningConfig = _MINING) -> None:
         super().__init__()
-        self.backbone, self.projector = network.backbone, network.projector
+        self.backbone, self.projector = backbone, projector
+        self.name = name  # from which `build_backbone` builds another
         self.mining = mining  # the sizes that images and RoIs are encoded at, as configured for the run
-        self.num_features = network.backbone.num_features  # channels of the feature map
-        self.fingerprint = weights_digest(network)  # tables made with the encoder carry it
+        self.num_features = backbone.num_features  # channels of the feature map
+        self.fingerprint = weights_digest(self)  # tables made with the encoder carry it
         self.requires_grad_(False).eval()
 
     def pooled(self, images: Tensor) -> Tensor:
@@ -32,12 +36,21 @@ class Encoder(nn.Module):
 
     def projected(self, images: Tensor) -> Tensor:
         """Normalized float images [B, 3, H, W] → projections [B, D], not L2-normalized."""
+        if self.projector is None:
+            raise ConfigError(f"{self.name}: this backbone has no projector; use a checkpoint of orl-fast train")
         projections: Tensor = self.projector(self.pooled(images))
         return projections
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Feature maps [B, C, h, w] of several depths, the deepest last (see `Backbone.levels`)."""
         return self.backbone.levels(images)
+
+    def trainable_backbone(self) -> Backbone:
+        """A copy to be fine-tuned, on the encoder's device, in training mode."""
+        with torch.random.fork_rng(devices=[]):
+            copied = build_backbone(self.name)
+        copied.load_state_dict(self.backbone.state_dict())
+        return copied.to(next(self.parameters()).device).train()
 
     forward = pooled
 
@@ -60,7 +73,7 @@ def load_encoder(path: Path) -> Encoder:
         raise DataError(f"{path}: does not fit this version of orl-fast ({error}); train again, or use the version {version}") from error
     if not is_finite(network.state_dict()):
         raise DataError(f"{path}: holds weights that are not finite; use an earlier checkpoint, for example {path.parent}/epoch-*.pt")
-    return Encoder(network, mining=mining)
+    return _encoder(network, mining)
 
 
 def random_encoder(config: Config) -> Encoder:
@@ -68,7 +81,11 @@ def random_encoder(config: Config) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         network = Network(config.model.backbone, (config.model.projector_hidden, config.model.projector_out))
-    return Encoder(network, mining=config.mining)
+    return _encoder(network, config.mining)
+
+
+def _encoder(network: Network, mining: MiningConfig) -> Encoder:
+    return Encoder(network.backbone, network.projector, name=network.name, mining=mining)
 
 
 def is_finite(state: Mapping[str, Any]) -> bool:

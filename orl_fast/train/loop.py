@@ -5,11 +5,10 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -24,6 +23,7 @@ from orl_fast.methods import METHODS, Method
 from orl_fast.models.encoder import is_finite, weights_digest
 from orl_fast.recipe import config_to_toml
 from orl_fast.shards import ShardIndex
+from orl_fast.signals import stop_signals
 from orl_fast.train.metrics import Meter, MetricsLog, waiting_note
 from orl_fast.train.run import RECIPE, Run, restore, run_header
 from orl_fast.train.step import TrainStep, learning_rate
@@ -90,7 +90,7 @@ def train(run: Run, *, index: ShardIndex, ranks: Ranks, restart: bool = False, m
             metrics = stack.enter_context(contextlib.closing(MetricsLog(folder, step=first_step)))
             total, done = num_steps * options.batch_size, first_step * options.batch_size
             advance = stack.enter_context(progress(f"train {run.method}", total=total, unit="images", done=done))
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(stop_signals())
         agreement, meter = Agreement(ranks, num_requests=2), Meter(ranks)
         batches = meter.feed(loader)
         save_every_s = options.checkpoint_every_min * 60 if ranks.is_main and options.checkpoint_every_min else math.inf
@@ -218,24 +218,6 @@ def _announce(header: Mapping[str, Any], config: Config, *, first_step: int, num
             "the learning rate warms up over %g epochs, the run has %d: it never reaches its peak (optim.warmup_epochs)",
             config.optim.warmup_epochs, config.train.epochs,
         )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append themselves to; a second signal acts as before and exits immediately."""
-    received: list[int] = []
-
-    def receive(signum: int, _frame: FrameType | None) -> None:
-        received.append(signum)
-        signal.signal(signum, before[signal.Signals(signum)])
-        log.warning("%s: finishing the step and saving; a second signal exits immediately", signal.Signals(signum).name)
-
-    before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def _silent(_count: int = 1, note: str | None = None) -> None:

@@ -201,4 +201,4 @@ def test_an_evaluation_is_one_process(checkpoint: Path, photos: Path, monkeypatc
     monkeypatch.setattr(distributed, "process_group", lambda _: nullcontext(Ranks(world_size=2)))
     result = _run("eval", "knn", checkpoint, photos)
     assert isinstance(result.exception, ConfigError)
-    assert str(result.exception) == "2 ranks: an evaluation is one process; start it without torchrun"
+    assert str(result.exception) == "2 ranks: eval knn is one process; start it without torchrun"
