@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import tarfile
@@ -317,10 +318,10 @@ class PixelStore:
         self._files = MappedFiles(paths, sizes, remedy=f"{_REMEDY} with --overwrite")
 
     @classmethod
-    def find(cls, index: ShardIndex, folder: Path | None = None) -> "PixelStore | None":
+    def find(cls, index: ShardIndex, folder: Path | None = None, *, level: int = logging.WARNING) -> "PixelStore | None":
         """The stored pixels of a dataset, in `folder` or where `write_pixels` put them last; None if there are none, or none that fit.
 
-        DataError: `folder` is given and holds none, or what there is is damaged.
+        Why there are none that fit is logged at `level`. DataError: `folder` is given and holds none, or what there is is damaged.
         """
         where = folder or linked_folder(index)
         if (where / INFO_NAME).exists():
@@ -336,7 +337,7 @@ class PixelStore:
         if folder is not None:
             raise DataError(f"{message} --pixels-dir {folder}")
         if reason != "are not there" or where != index.path:
-            log.warning("%s; images are decoded from their JPEGs", message)
+            log.log(level, "%s; images are decoded from their JPEGs", message)
         return None
 
     def decoded(self, row: int) -> Decoded:

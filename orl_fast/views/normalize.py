@@ -11,4 +11,5 @@ def normalize(views: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     # Two constants, one multiply-add: scale = 1 / (255 std), shift = -mean / std.
     scale = torch.tensor([1 / (255 * std) for std in _STD]).to(views.device, non_blocking=True).view(3, 1, 1)
     shift = torch.tensor([-mean / std for mean, std in zip(_MEAN, _STD, strict=True)]).to(views.device, non_blocking=True).view(3, 1, 1)
-    return torch.addcmul(shift, views.to(torch.float32), scale).to(dtype)
+    pixels = views.to(torch.float32, copy=True)
+    return torch.addcmul(shift, pixels, scale, out=pixels).to(dtype)  # in place: on a CPU, fresh memory costs more than the arithmetic

@@ -1,5 +1,6 @@
 """Images whose pixels are stored are not decoded (see `orl_fast.shards.pixels`), as far as that is faster here."""
 
+import logging
 import random
 import resource
 import time
@@ -80,7 +81,8 @@ def with_pixels(images: ImageSource, index: ShardIndex, loader: LoaderConfig, *,
 
 def images_identity(index: ShardIndex, loader: LoaderConfig) -> str:
     """What the views of a training are cut from: the dataset's fingerprint, and whether smaller images stand in for its own."""
-    store = PixelStore.find(index, Path(loader.pixels_dir) if loader.pixels_dir else None) if loader.pixels != "never" else None
+    folder = Path(loader.pixels_dir) if loader.pixels_dir else None
+    store = PixelStore.find(index, folder, level=logging.DEBUG) if loader.pixels != "never" else None  # the loader warns
     if store is None or store.info.max_side is None:
         return index.fingerprint
     return f"{index.fingerprint} with {store.info.num_stored} images of at most {store.info.max_side} px"

@@ -9,7 +9,7 @@ import torch
 from orl_fast.checkpoint import CHECKPOINT, read_checkpoint
 from orl_fast.errors import StaleError
 from orl_fast.shards import ShardIndex
-from orl_fast.shards.pixels import write_pixels
+from orl_fast.shards.pixels import INFO_NAME, WORK_NAME, write_pixels
 from tests.train.conftest import EACH_EPOCH, run_config, train_run
 
 
@@ -47,3 +47,11 @@ def test_smaller_images_are_another_run(index: ShardIndex, tmp_path: Path, caplo
     train_run(index, tmp_path / "run", run_config(*EACH_EPOCH, "loader.pixels=never", epochs=2))
     train_run(index, tmp_path / "smaller", config, max_steps=3)
     assert "sides of at most 200 px; views are cut from these, not from the JPEGs" in caplog.text
+
+
+def test_pixels_that_do_not_fit_are_reported_once(index: ShardIndex, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pixels(index, num_workers=1)
+    (index.path / INFO_NAME).unlink()  # as where packing them was killed
+    (index.path / WORK_NAME).mkdir()
+    train_run(index, tmp_path / "run", run_config(*EACH_EPOCH, epochs=2), max_steps=1)
+    assert caplog.text.count("are not finished; run orl-fast pixels") == 1
