@@ -14,6 +14,7 @@ from orl_fast.cli.group import LazyGroup
 from orl_fast.config import Section
 from orl_fast.errors import ConfigError
 from orl_fast.evals import EVALS
+from orl_fast.evals.labels import LabelledOptions
 
 _CHECKPOINT = """CHECKPOINT is a checkpoint.pt or the run folder that holds it, or `random`: the backbone untrained (--backbone NAME)."""
 _FLAGS = {"num_neighbors": "neighbors", "size_px": "size"}  # a field's name, where its option has another
@@ -34,9 +35,10 @@ def command() -> None:
 def _command(name: str) -> click.Command:
     module: Any = importlib.import_module(f"orl_fast.evals.{name.replace('-', '_')}")
     fields: dict[str, FieldInfo] = module.Options.model_fields
+    in_place = issubclass(module.Options, LabelledOptions)  # an annotation file in place of DATA
     common = [
         click.Argument(["checkpoint"]),
-        click.Argument(["data"], type=click.Path(path_type=Path), required="annotations" not in fields),
+        click.Argument(["data"], type=click.Path(path_type=Path), required=not in_place),
         *(_option(field, info) for field, info in fields.items()),
         click.Option(["--backbone"], help="Architecture, where CHECKPOINT does not say it, for example resnet50."),
         click.Option(["--out"], type=click.Path(path_type=Path, file_okay=False), help="Folder of evals.jsonl [default: CHECKPOINT's]."),
@@ -48,8 +50,8 @@ def _command(name: str) -> click.Command:
 
     def callback(checkpoint: str, data: Path | None, **values: Any) -> None:
         chosen = {field: values.pop(field) for field in fields}
-        source = data or chosen.get("annotations")
-        if source is None or (data is not None and chosen.get("annotations") is not None):
+        source = chosen["annotations"] if in_place and data is None else data
+        if source is None or (in_place and data is not None and chosen["annotations"] is not None):
             raise click.UsageError("give either DATA or --annotations FILE")
         _run(name, module, checkpoint, source, _checked(module.Options, chosen), **values)
 

@@ -1,18 +1,25 @@
 """Evaluations of frozen backbones, one module each, found by name in `EVALS`: CONTRIBUTING says what a module defines."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from orl_fast.distributed import Ranks
 
 if TYPE_CHECKING:
     import torch
 
+    from orl_fast.distributed import Ranks
+
 EVALS = {  # modules of this package, a hyphen standing for an underscore, imported when they are used
     "probe": "Linear probe: logistic regression on frozen features.",
     "knn": "Weighted nearest neighbors by cosine similarity.",
+    "corloc": "Whether the best corresponding RoIs are on objects: stage 2 by itself.",
 }
+
+
+def _alone() -> "Ranks":
+    from orl_fast.distributed import Ranks  # with torch, which the help of commands does without
+
+    return Ranks()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,7 +28,7 @@ class Context:
 
     device: "torch.device"
     num_threads: int = 1
-    ranks: Ranks = Ranks()  # noqa: RUF009  immutable. One, unless the module sets `DISTRIBUTED = True` and was started by torchrun
+    ranks: "Ranks" = field(default_factory=_alone)  # one, unless the module sets `DISTRIBUTED = True` and was started by torchrun
     # A folder for what it keeps between calls (features, checkpoints of its own), made when first written to. Another folder for each
     # encoder, data and options, the same on every call with them. None: nothing is kept.
     work: Path | None = None

@@ -24,8 +24,9 @@ from orl_fast.files import human_bytes, locked, remove_leftovers, require_free_s
 from orl_fast.mining.executor import Executor
 from orl_fast.mining.features import renderer_setting, write_features
 from orl_fast.mining.neighbors import EXACT_LIMIT, find_neighbors
+from orl_fast.mining.objects import annotation_files, digest_files, has_rotated
 from orl_fast.mining.pairs import PairMiner, join_patches, pack_patches
-from orl_fast.mining.rois import MAX_PX, annotation_files, digest_files, filter_shards, join_boxes, propose_shards, save_objects
+from orl_fast.mining.rois import MAX_PX, filter_shards, join_boxes, propose_shards, save_objects
 from orl_fast.mining.step import Step, array_writer, join_arrays, open_part
 from orl_fast.models import Encoder, load_encoder
 from orl_fast.shards import ShardIndex
@@ -46,6 +47,7 @@ class Stage:
     folder: Path  # where the tables go, `mined/` of the shard folder
     config: Config  # `mining`, `variant` and `loader` are used
     checkpoint: Path  # of stage 1; proposals and RoIs do without
+    own_encoder: Encoder | None = None  # in place of the checkpoint's
     annotations: Path | None = None  # file for the proposals "coco-annotations"; None: the one recorded when the images were packed
     keep_imported: bool = True  # keep imported proposals and RoIs; False: use proposals of our own in their place
     exact_limit: int = EXACT_LIMIT  # more images than this are searched by an approximate index
@@ -64,10 +66,14 @@ class Stage:
 
     @cached_property
     def encoder(self) -> Encoder:
+        if self.own_encoder is not None:
+            return self._fitting(self.own_encoder)
         header = read_header(checkpoint_path(self.checkpoint))
         if header["step"] < header["num_steps"] and self.executor.is_main:
             log.warning("%s: its training is not finished, step %d of %d", self.checkpoint, header["step"], header["num_steps"])
-        encoder = load_encoder(self.checkpoint)
+        return self._fitting(load_encoder(self.checkpoint))
+
+    def _fitting(self, encoder: Encoder) -> Encoder:
         for name in ("crop_px", "roi_size_px"):
             encoder.backbone.require_size(getattr(self.config.mining, name), setting=f"mining.{name}")
         return encoder
@@ -199,7 +205,8 @@ def _proposals(stage: Stage) -> Step:
     if backend == "coco-annotations":
         files = annotation_files(index, stage.annotations)
         made_from = {**stage.inputs(), "annotations": digest_files(files)}
-        info = TableInfo(kind="proposals", made_from=made_from, settings={"backend": backend})
+        rotated = {"rotated": True} if has_rotated(index) else {}
+        info = TableInfo(kind="proposals", made_from=made_from, settings={"backend": backend, **rotated})
         work = partial(save_objects, folder, index=index, files=files)
     else:
         info = TableInfo(kind="proposals", made_from=stage.inputs(), settings={"backend": backend, "seed": seed})

@@ -18,9 +18,10 @@ from orl_fast.coco import read_json
 from orl_fast.config import MiningConfig
 from orl_fast.errors import DataError, StaleError
 from orl_fast.files import atomic_file
+from orl_fast.mining.objects import annotation_files, rows_of_names
 from orl_fast.mining.pairs import write_pair_shards
 from orl_fast.mining.pipeline import IMPORTED, Stage
-from orl_fast.mining.rois import annotation_files, open_boxes, rows_of_names, save_shards
+from orl_fast.mining.rois import open_boxes, save_shards
 from orl_fast.shards import ShardIndex
 from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, activate, new_table, table_info
 
