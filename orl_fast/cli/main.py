@@ -18,6 +18,7 @@ VERBS = {
     "train": "Pre-train: BYOL (stage 1), ORL (stage 3) and other methods.",
     "mine": "Find neighbors and corresponding RoIs (stage 2).",
     "eval": "Evaluate a backbone: linear probe, kNN.",
+    "results": "All values that evaluations found, as one table next to the paper's.",
     "show": "Draw pictures: mined pairs, augmented views.",
     "info": "Show information about a dataset, table, checkpoint or this machine.",
     "proposals": "Object proposals (selective search) of any images, as JSON.",
