@@ -58,6 +58,15 @@ def checkpoint_path(path: Path) -> Path:
     return path / CHECKPOINT if path.is_dir() else path
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of orl-fast, even a damaged one, rather than weights of another toolkit."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _HEADER in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return path.name in (CHECKPOINT, PREVIOUS)
+
+
 def read_header(path: Path) -> Mapping[str, Any]:
     """Everything but the weights; raises as `read_checkpoint`."""
     with _opened(path) as archive:

@@ -16,7 +16,9 @@ from orl_fast.errors import ConfigError
 from orl_fast.evals import EVALS
 from orl_fast.evals.labels import LabelledOptions
 
-_CHECKPOINT = """CHECKPOINT is a checkpoint.pt or the run folder that holds it, or `random`: the backbone untrained (--backbone NAME)."""
+_CHECKPOINT = """CHECKPOINT is a checkpoint.pt or the run folder that holds it; weights of torchvision, timm, MoCo, DINO, OpenSelfSup,
+Detectron2 and others (.pth, .pkl, .safetensors; docs/export.md says how they are read); or `random`: the backbone untrained
+(--backbone NAME)."""
 _FLAGS = {"num_neighbors": "neighbors", "size_px": "size"}  # a field's name, where its option has another
 
 
@@ -29,7 +31,10 @@ class _Evals(LazyGroup):
 
 @click.group(cls=_Evals)
 def command() -> None:
-    """Evaluate the frozen backbone of a checkpoint. The values are printed, and appended to evals.jsonl next to the checkpoint."""
+    """Evaluate the backbone of a checkpoint, or of weights of another toolkit.
+
+    The values are printed, and appended to evals.jsonl next to the checkpoint.
+    """
 
 
 def _command(name: str) -> click.Command:
@@ -41,6 +46,7 @@ def _command(name: str) -> click.Command:
         click.Argument(["data"], type=click.Path(path_type=Path), required=not in_place),
         *(_option(field, info) for field, info in fields.items()),
         click.Option(["--backbone"], help="Architecture, where CHECKPOINT does not say it, for example resnet50."),
+        click.Option(["--prefix"], help="Of the backbone's names in CHECKPOINT, where it holds several, for example student."),
         click.Option(["--out"], type=click.Path(path_type=Path, file_okay=False), help="Folder of evals.jsonl [default: CHECKPOINT's]."),
         click.Option(["--random-init"], is_flag=True, help="Also evaluate the same backbone untrained."),
         click.Option(["--workers"], type=click.IntRange(min=1), help="Threads that read and render [default: one per core]."),
@@ -96,8 +102,8 @@ def _checked(options: type[Section], chosen: dict[str, Any]) -> Section:
 
 
 def _run(
-    name: str, module: Any, checkpoint: str, data: Path, options: Section, *, backbone: str | None, out: Path | None, random_init: bool,
-    workers: int | None, device: Any, json_file: Path | None,
+    name: str, module: Any, checkpoint: str, data: Path, options: Section, *, backbone: str | None, prefix: str | None, out: Path | None,
+    random_init: bool, workers: int | None, device: Any, json_file: Path | None,
 ) -> None:  # fmt: skip
     from rich.console import Console
     from rich.table import Table
@@ -111,7 +117,9 @@ def _run(
         if ranks.world_size > 1 and not getattr(module, "DISTRIBUTED", False):
             raise ConfigError(f"{ranks.world_size} ranks: eval {name} is one process; start it without torchrun")
         context = Context(device=ranks.device, num_threads=workers or ranks.num_threads, ranks=ranks)
-        records = evaluate(name, checkpoint, data, options, context=context, backbone=backbone, out=out, random_init=random_init)
+        records = evaluate(
+            name, checkpoint, data, options, context=context, backbone=backbone, prefix=prefix, out=out, random_init=random_init
+        )
     if not ranks.is_main:
         return
     table = Table("backbone", *(str(heading) for heading in module.SCORES.values()), title=EVALS[name].rstrip("."), title_justify="left")

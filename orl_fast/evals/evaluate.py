@@ -10,22 +10,20 @@ from typing import Any
 
 import torch
 
-from orl_fast.checkpoint import checkpoint_path, read_header
-from orl_fast.config import Config, MiningConfig, ModelConfig, Section, digest
+from orl_fast.config import MiningConfig, Section, digest
 from orl_fast.console import log
-from orl_fast.errors import ConfigError
 from orl_fast.evals import Context
-from orl_fast.models import Encoder, Network, load_encoder, random_encoder
+from orl_fast.models import Encoder, Network, OpenEncoder, open_encoder
+from orl_fast.models.opening import RANDOM
 from orl_fast.places import RUNS_HOME
 
 RECORDS = "evals.jsonl"
-RANDOM = "random"
 UNTRAINED = "random initialization"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Evaluated:
-    """A backbone to evaluate. `origin`: "checkpoint", "method" and "step" of its record."""
+    """A backbone to evaluate. `origin`: see `OpenEncoder`."""
 
     label: str
     encoder: Encoder
@@ -34,22 +32,22 @@ class _Evaluated:
 
 def evaluate(
     name: str, checkpoint: str | Path, data: Path, options: Section, *, context: Context, backbone: str | None = None,
-    out: Path | None = None, random_init: bool = False,
+    prefix: str | None = None, out: Path | None = None, random_init: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run an evaluation, one of `EVALS`, and append its record to evals.jsonl next to the checkpoint.
 
     Args:
-        checkpoint: a file, the run folder that holds it, or "random". backbone: the architecture of "random".
+        checkpoint, backbone, prefix: see `open_encoder`: a run, weights of another toolkit, or "random".
         out: another folder for evals.jsonl and for what the evaluation keeps; by default that of the checkpoint, or runs/random/BACKBONE.
         random_init: also evaluate the same network untrained.
     Returns:
         For each backbone: "time", "eval", "backbone" (the checkpoint, or "random initialization"), "encoder" (its fingerprint),
-        "architecture", "checkpoint", "method" and "step" (null without training), "data", "options", "values".
+        "architecture", "checkpoint", "method", "step" and "prefix" (null where there is none), "data", "options", "values".
     Raises:
-        MissingStageError, DataError: see `load_encoder`; ConfigError: "random" without a backbone; and what the evaluation raises.
+        MissingStageError, DataError, ConfigError: see `open_encoder`; and what the evaluation raises.
     """
     run = importlib.import_module(f"orl_fast.evals.{name.replace('-', '_')}").run
-    backbones, folder = _backbones(str(checkpoint), backbone, random_init=random_init)
+    backbones, folder = _backbones(str(checkpoint), backbone, prefix, random_init=random_init)
     folder = out or folder
     records = []
     for each in backbones:
@@ -64,21 +62,18 @@ def evaluate(
     return records
 
 
-def _backbones(checkpoint: str, backbone: str | None, *, random_init: bool) -> tuple[list[_Evaluated], Path]:
+def _backbones(checkpoint: str, backbone: str | None, prefix: str | None, *, random_init: bool) -> tuple[list[_Evaluated], Path]:
     """What to evaluate, and the folder of the records."""
-    untrained: dict[str, Any] = {"checkpoint": None, "method": None, "step": None}
-    if checkpoint == RANDOM:
-        if backbone is None:
-            raise ConfigError("a random backbone of which architecture? Name one with --backbone, for example --backbone resnet50")
-        encoder = random_encoder(Config(model=ModelConfig(backbone=backbone)))
-        return [_Evaluated(label=UNTRAINED, encoder=encoder, origin=untrained)], RUNS_HOME / RANDOM / backbone.replace("/", "_")
-    path = checkpoint_path(Path(checkpoint))
-    encoder, header = load_encoder(path), read_header(path)
-    origin = {"checkpoint": path.name, "method": header["method"], "step": header["step"]}
-    found = [_Evaluated(label=checkpoint, encoder=encoder, origin=origin)]
+    opened = open_encoder(checkpoint, backbone=backbone, prefix=prefix)
+    if opened.path is None:
+        folder = RUNS_HOME / RANDOM / opened.encoder.name.replace("/", "_")
+        return [_Evaluated(label=UNTRAINED, encoder=opened.encoder, origin=opened.origin)], folder
+    found = [_Evaluated(label=checkpoint, encoder=opened.encoder, origin=opened.origin)]
     if random_init:
-        found.append(_Evaluated(label=UNTRAINED, encoder=_untrained(header), origin=untrained))
-    return found, path.parent
+        known, name = opened.header, opened.encoder.name
+        untrained = open_encoder(RANDOM, backbone=name) if known is None else OpenEncoder(encoder=_untrained(known))
+        found.append(_Evaluated(label=UNTRAINED, encoder=untrained.encoder, origin=untrained.origin))
+    return found, opened.path.parent
 
 
 def _append(file: Path, record: Mapping[str, Any]) -> None:

@@ -130,6 +130,15 @@ def build_backbone(name: str) -> Backbone:
     return backbone
 
 
+def resnet_skeletons() -> Iterator[tuple[str, Backbone]]:
+    """All ResNets that `build_backbone` knows, without memory (on the meta device): their names and shapes."""
+    models = torchvision.models
+    names = [name for name in models.list_models(module=models) if models.get_model_builder(name).__module__ == models.ResNet.__module__]
+    for name in (SMALL_RESNET, *names):
+        with torch.device("meta"):
+            yield name, _small_resnet() if name == SMALL_RESNET else _trunk(models.get_model(name, weights=None))
+
+
 def _small_resnet() -> Backbone:
     """A ResNet for views of 32 to 64 px and minutes of CPU time: one block per stage, 16 to 128 channels, a 3 × 3 stem, no max pooling."""
     stem = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)

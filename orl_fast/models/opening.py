@@ -1,0 +1,57 @@
+"""A backbone from wherever it is: a run, a checkpoint, a file of another toolkit, or random weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orl_fast.checkpoint import checkpoint_path, is_checkpoint, read_header
+from orl_fast.config import Config, ModelConfig
+from orl_fast.errors import ConfigError
+from orl_fast.models.encoder import Encoder, load_encoder, random_encoder
+from orl_fast.models.foreign import load_foreign
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenEncoder:
+    """An encoder on the CPU, and where it comes from."""
+
+    encoder: Encoder
+    path: Path | None = None  # the file; None: random weights
+    prefix: str | None = None  # of its names in the file of another toolkit
+    header: Mapping[str, Any] | None = None  # of a checkpoint of orl-fast
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """For records: "checkpoint" (the file's name), "method", "step", "prefix", null where there is none."""
+        header = self.header or {}
+        name = None if self.path is None else self.path.name
+        return {"checkpoint": name, "method": header.get("method"), "step": header.get("step"), "prefix": self.prefix}
+
+
+def open_encoder(checkpoint: str | Path, *, backbone: str | None = None, prefix: str | None = None) -> OpenEncoder:
+    """Open `checkpoint`: a checkpoint of orl-fast, the run folder that holds it, a file of another toolkit, or "random".
+
+    Args:
+        backbone: the architecture, as `build_backbone` names it; "random" needs it, and files that do not tell it.
+        prefix: of the backbone's names in a file of another toolkit; see `load_foreign`.
+    Raises:
+        MissingStageError: there is no such file. DataError: see `load_encoder` and `load_foreign`. ConfigError: an architecture is missing,
+            unknown or another one than the checkpoint's; or the file has no such prefix, or several backbones.
+    """
+    if str(checkpoint) == RANDOM:
+        if backbone is None:
+            raise ConfigError("a random backbone of which architecture? Name one with --backbone, for example --backbone resnet50")
+        return OpenEncoder(encoder=random_encoder(Config(model=ModelConfig(backbone=backbone))))
+    path = checkpoint_path(Path(checkpoint))
+    if path.is_file() and not is_checkpoint(path):
+        found = load_foreign(path, backbone=backbone, prefix=prefix)
+        return OpenEncoder(encoder=found.encoder, path=path, prefix=found.prefix)
+    encoder = load_encoder(path)
+    if backbone not in (None, encoder.name):
+        raise ConfigError(f"{path}: its backbone is {encoder.name}, not {backbone}; leave --backbone out")
+    if prefix is not None:
+        raise ConfigError(f"{path}: a checkpoint of orl-fast, which needs no --prefix; leave it out")
+    return OpenEncoder(encoder=encoder, path=path, header=read_header(path))
