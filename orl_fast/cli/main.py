@@ -26,6 +26,7 @@ VERBS = {
     "import": "Use mined tables of the reference implementation.",
     "bench": "Measure speed against baselines.",
     "demo": "The whole method on synthetic scenes, in minutes.",
+    "reproduce": "The experiments of the paper on COCO, from packing to the tables.",
 }
 
 
