@@ -30,7 +30,8 @@ def test_coco_as_its_own_tools_read_it(drawn: dict[str, Path], capsys: pytest.Ca
         assert np.allclose([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], [x, y, x + width, y + height], atol=2)
         assert mask.sum() == pytest.approx(entry["area"], rel=0.1)
     for image in coco.imgs.values():
-        assert Image.open(drawn["coco"] / "train2017" / image["file_name"]).size == (image["width"], image["height"])
+        with Image.open(drawn["coco"] / "train2017" / image["file_name"]) as photo:
+            assert photo.size == (image["width"], image["height"])
 
 
 def test_vocs_lists_agree_with_its_annotations(drawn: dict[str, Path]) -> None:
