@@ -7,7 +7,7 @@ from typing import Any
 
 from orl_fast.checkpoint import checkpoint_path, is_checkpoint, read_header
 from orl_fast.config import Config, ModelConfig
-from orl_fast.errors import ConfigError
+from orl_fast.errors import ConfigError, MissingStageError
 from orl_fast.models.encoder import Encoder, load_encoder, random_encoder
 from orl_fast.models.foreign import load_foreign
 
@@ -46,7 +46,9 @@ def open_encoder(checkpoint: str | Path, *, backbone: str | None = None, prefix:
             raise ConfigError("a random backbone of which architecture? Name one with --backbone, for example --backbone resnet50")
         return OpenEncoder(encoder=random_encoder(Config(model=ModelConfig(backbone=backbone))))
     path = checkpoint_path(Path(checkpoint))
-    if path.is_file() and not is_checkpoint(path):
+    if not path.is_file():
+        raise MissingStageError(f"{path}: there is no such file; give a run of orl-fast train, weights of another toolkit, or {RANDOM!r}")
+    if not is_checkpoint(path):
         found = load_foreign(path, backbone=backbone, prefix=prefix)
         return OpenEncoder(encoder=found.encoder, path=path, prefix=found.prefix)
     encoder = load_encoder(path)

@@ -14,6 +14,7 @@ from orl_fast.checkpoint import read_checkpoint, write_checkpoint
 from orl_fast.cli.main import cli
 from orl_fast.distributed import Ranks
 from orl_fast.errors import ConfigError, DataError, MissingStageError, OrlFastError
+from orl_fast.models import Encoder, load_encoder
 from orl_fast.recipe import load_config
 from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, new_table
@@ -92,6 +93,31 @@ def test_eval_tells_colors_apart_and_compares_with_random_weights(kind: str, che
     assert (values["num_train"] + values["num_test"], values["num_skipped_images"]) == (24, 1)
     assert values["top1"] > 0.8
     assert f"{100 * values['top1']:.1f} %" in result.output
+
+
+def test_eval_takes_weights_of_other_toolkits_and_keeps_the_record_next_to_them(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    backbone = load_encoder(checkpoint).backbone
+    torch.save(
+        {"state_dict": {f"module.encoder_q.{key}": value for key, value in backbone.state_dict().items()}}, tmp_path / "moco.pth.tar"
+    )
+    for arguments in ((tmp_path / "moco.pth.tar", "--random-init"), (checkpoint, "--out", tmp_path)):
+        result = _run("eval", "knn", *arguments[:1], photos, *arguments[1:], "--workers", "1", "--size", "32")
+        assert result.exit_code == 0
+    foreign, untrained, ours = (json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines())
+    assert foreign["values"] == ours["values"]
+    about = ("backbone", "architecture", "checkpoint", "prefix", "method", "step")
+    prefix = "state_dict.module.encoder_q."
+    assert [foreign[key] for key in about] == [str(tmp_path / "moco.pth.tar"), "resnet10_small", "moco.pth.tar", prefix, None, None]
+    assert foreign["encoder"] == Encoder(backbone, None, name="resnet10_small").fingerprint
+    assert [untrained[key] for key in about] == ["random initialization", "resnet10_small", None, None, None, None]
+    assert (ours["prefix"], ours["method"], ours["step"]) == (None, "byol", 0)
+    for option, value, message in (
+        ("--backbone", "resnet18", "its backbone is resnet10_small, not resnet18"),
+        ("--prefix", "x", "needs no --prefix"),
+    ):
+        result = _run("eval", "knn", checkpoint, photos, option, value)
+        assert isinstance(result.exception, ConfigError)
+        assert message in str(result.exception)
 
 
 def test_eval_takes_coco_annotations_and_separate_test_data(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
