@@ -22,8 +22,7 @@ VERBS = {
     "show": "Draw pictures: mined pairs, augmented views.",
     "info": "Show information about a dataset, table, checkpoint or this machine.",
     "proposals": "Object proposals (selective search) of any images, as JSON.",
-    "export": "Write mined tables in the reference implementation's JSON formats.",
-    "import": "Use mined tables of the reference implementation.",
+    "tables": "Exchange mined tables with the reference implementation.",
     "bench": "Measure speed against baselines.",
     "demo": "The whole method on synthetic scenes, in minutes.",
     "reproduce": "The experiments of the paper on COCO, from packing to the tables.",
@@ -34,8 +33,7 @@ class _Verbs(LazyGroup):
     table, noun = VERBS, "command"
 
     def load(self, name: str) -> click.Command:
-        module = "import_" if name == "import" else name  # a keyword cannot name a module
-        return cast(click.Command, importlib.import_module(f"orl_fast.cli.{module}").command)
+        return cast(click.Command, importlib.import_module(f"orl_fast.cli.{name}").command)
 
 
 @click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -34,7 +34,7 @@ from orl_fast.tables import BoxTable, NeighborTable, PairTable, TableInfo, open_
 from orl_fast.views.patches import PATCH_SIDE_PX
 
 STEPS = ("features", "neighbors", "proposals", "rois", "pairs")
-IMPORTED = "imported"  # a setting of tables that `orl-fast import` wrote; mining keeps them
+IMPORTED = "imported"  # a setting of tables that `orl-fast tables import` wrote; mining keeps them
 # The imported tables that make a step needless.
 _SPARED_BY = {step: (step,) for step in STEPS} | {"features": ("neighbors",), "proposals": ("proposals", "rois")}
 
@@ -115,7 +115,7 @@ class Stage:
         """The table of a step, checked against the images, the checkpoint and the tables it was made from."""
         found = table_info(self.folder / step)
         if found is not None and IMPORTED in found.settings:
-            return open_info(self.folder / step, step, made_from=self.inputs(), remedy="orl-fast import again")
+            return open_info(self.folder / step, step, made_from=self.inputs(), remedy="orl-fast tables import again")
         checked = {"features": ("encoder",), "neighbors": ("encoder",), "pairs": ("neighbors", "rois")}.get(step, ())
         if step == "rois" and table_info(self.folder / "proposals") is not None:
             checked = ("proposals",)
@@ -135,7 +135,7 @@ class Stage:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise DataError(f"{self.folder}: cannot be written ({error.strerror}); choose another folder with --out") from error
-            stack.enter_context(locked(self.folder, what="orl-fast mine or import"))
+            stack.enter_context(locked(self.folder, what="orl-fast mine or tables import"))
             remove_leftovers(self.folder)
             stack.enter_context(log_to_file(self.folder / "mine.log"))
 

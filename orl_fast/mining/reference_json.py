@@ -7,6 +7,7 @@ names no images: it follows the order of the annotation file.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from orl_fast.coco import read_json
 from orl_fast.config import MiningConfig
+from orl_fast.console import log
 from orl_fast.errors import DataError, StaleError
 from orl_fast.files import atomic_file
 from orl_fast.mining.objects import annotation_files, rows_of_names
@@ -86,9 +88,16 @@ def export_pairs(stage: Stage, file: Path, *, num_neighbors: int | None = None, 
     _write(file, stage.index, info, columns)
 
 
-def import_neighbors(stage: Stage, file: Path) -> None:
-    """Take the neighbors of a file of the reference. DataError if it is damaged or lacks packed images."""
-    (_, neighbors, _), origin = _results(stage.index, file), _origin(file)
+def import_neighbors(stage: Stage, file: Path, *, skip_unknown: bool = False) -> None:
+    """Take the neighbors of a file of the reference.
+
+    Args:
+        skip_unknown: leave out neighbors that are not packed. As tables are rectangular, an image with fewer neighbors than others repeats
+            its nearest; one with none is its own neighbor.
+    Raises:
+        DataError: the file is damaged, or lacks packed images; or, without `skip_unknown`, has neighbors that are not packed.
+    """
+    neighbors, origin = _results(stage.index, file, skip_unknown=skip_unknown).neighbors, _origin(file)
     with stage.locked():
         _save_neighbors(stage, origin, neighbors)
 
@@ -108,10 +117,15 @@ def import_proposals(stage: Stage, file: Path) -> None:
         _save(stage, "proposals", origin, settings, lambda folder: list(save_shards(folder, shards, boxes, index=index)))
 
 
-def import_pairs(stage: Stage, file: Path) -> None:
-    """Take RoIs, neighbors and corresponding RoIs of a file of the reference. Raises as `import_neighbors`."""
+def import_pairs(stage: Stage, file: Path, *, skip_unknown: bool = False) -> None:
+    """Take RoIs, neighbors and corresponding RoIs of a file of the reference; see `import_neighbors`.
+
+    With `skip_unknown`, the RoIs of an image without packed neighbors correspond to themselves.
+    """
     index, origin = stage.index, _origin(file)
-    info, neighbors, (boxes, pairs_of_images) = _results(index, file, "bbox", "knn_bbox_pair")
+    results = _results(index, file, "bbox", "knn_bbox_pair", skip_unknown=skip_unknown)
+    info, neighbors, (boxes, pairs_of_images) = results.info, results.neighbors, results.columns
+    ratio = float(info.get("knn_bbox_pair_ratio", MiningConfig().pair_ratio))
     rois = _boxes(index, boxes, file)
     if not rois.counts.all():
         raise DataError(f"{file}: some image has no boxes; the file is incomplete")
@@ -120,7 +134,11 @@ def import_pairs(stage: Stage, file: Path) -> None:
     found: list[tuple[int, int]] = []
     for row, lists in enumerate(pairs_of_images):
         try:
-            for k, (neighbor, pairs) in enumerate(zip(neighbors[row].tolist(), lists, strict=True)):
+            if len(lists) != results.num_listed:
+                raise ValueError(f"{len(lists)} lists for {results.num_listed} neighbors")
+            for k, (neighbor, place) in enumerate(zip(neighbors[row].tolist(), results.places[row].tolist(), strict=True)):
+                own = rois.of(row)[: max(1, int(ratio * len(rois.of(row))))]
+                pairs = lists[place] if place >= 0 else [box + box for box in _xywh(own)]
                 count[row, k] = len(pairs)
                 found += [(numbers[row][tuple(pair[:4])], numbers[neighbor][tuple(pair[4:])]) for pair in pairs]
         except (KeyError, TypeError, ValueError) as error:
@@ -132,7 +150,6 @@ def import_pairs(stage: Stage, file: Path) -> None:
     unknown = np.full(len(query), np.nan, np.float32)
     table = PairTable(neighbors=neighbors, first=first, count=count, query_roi=query, partner_roi=partner, similarities=unknown)
     limits = {ours: info[theirs] for theirs, ours in _LIMITS.items() if theirs in info}
-    ratio = float(info.get("knn_bbox_pair_ratio", MiningConfig().pair_ratio))
 
     def write(folder: Path) -> None:
         table.write_arrays(folder)
@@ -144,11 +161,19 @@ def import_pairs(stage: Stage, file: Path) -> None:
         _save(stage, "pairs", origin, settings, write, made_from)
 
 
-def _results(index: ShardIndex, file: Path, *names: str) -> tuple[dict[str, Any], NDArray[np.int64], list[list[Any]]]:
-    """What a file of mined results says of itself, its neighbors [N, K] as rows, and these columns of it, an entry for each packed image.
+@dataclass(frozen=True, kw_only=True)
+class _Results:
+    """What a file of mined results holds about the packed images, in their order."""
 
-    Images are matched by name. DataError if it is damaged or lacks packed images.
-    """
+    info: Mapping[str, Any]  # what it says of itself
+    neighbors: NDArray[np.int64]  # [N, K] rows
+    places: NDArray[np.int64]  # [N, K] where each of these is in the file's list; -1: it is the image itself, which has no others
+    num_listed: int  # neighbors of an image in the file
+    columns: Sequence[Sequence[Any]]  # those asked for
+
+
+def _results(index: ShardIndex, file: Path, *names: str, skip_unknown: bool) -> _Results:
+    """Read a file of mined results, with these columns; images are matched by name. Raises as `import_neighbors`."""
     content = read_json(file, remedy=_REMEDY)
     try:
         rows = rows_of_names(index, [str(name) for name in content["images"]["file_name"]])
@@ -176,10 +201,35 @@ def _results(index: ShardIndex, file: Path, *names: str) -> tuple[dict[str, Any]
             raise IndexError("no neighbors, or negative ones")
     except (ValueError, IndexError, TypeError) as error:
         raise DataError(f"{file}: knn_image_id does not hold K positions of images for each image ({error})") from error
-    if found.min() < 0:
+    if found.min() < 0 and not skip_unknown:
         num = int((found < 0).any(axis=1).sum())
-        raise DataError(f"{file}: {num} images have neighbors that are not packed; it was mined from more images")
-    return content.get("info", {}), found, columns
+        raise DataError(
+            f"{file}: {num} images have neighbors that are not packed; it was mined from more images; leave these out with --skip-unknown"
+        )
+    kept = _known(found >= 0)
+    neighbors = np.where(kept < 0, np.arange(len(index))[:, None], np.take_along_axis(found, kept, axis=1))
+    _tell_skipped(index, file, found >= 0)
+    return _Results(info=content.get("info", {}), neighbors=neighbors, places=kept, num_listed=found.shape[1], columns=columns)
+
+
+def _known(known: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """[N, K'] places of what is known of each row of `known` [N, K], in order and then from the first on; -1 where nothing is.
+
+    K' is the most that any row has, at least 1.
+    """
+    num = known.sum(axis=1)
+    in_order, around = np.argsort(~known, axis=1, kind="stable"), np.arange(max(1, num.max())) % np.maximum(num, 1)[:, None]
+    return np.where(num[:, None] > 0, np.take_along_axis(in_order, around, axis=1), -1)
+
+
+def _tell_skipped(index: ShardIndex, file: Path, known: NDArray[np.bool_]) -> None:
+    num = known.sum(axis=1)
+    if known.all():
+        return
+    few, none = int((num < num.max()).sum()), np.flatnonzero(num == 0)
+    repeated = f"; {few} images have fewer than {num.max()}, of which the nearest are repeated" if few else ""
+    alone = f"; {len(none)} of them have none and are their own neighbors, first {index.file_names[none[0]]!r}" if len(none) else ""
+    log.warning("%s: %d of %d neighbors are not packed and left out%s%s", file, int((~known).sum()), known.size, repeated, alone)
 
 
 def _places(rows: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:

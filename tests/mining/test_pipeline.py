@@ -230,9 +230,9 @@ def test_one_process_at_a_time_mines_or_imports_into_a_folder(world: World, mine
             before = sorted(path.name for path in folder.iterdir())
             assert "mine.log" in before
             for _ in range(3):
-                with pytest.raises(DataError, match=r"orl-fast mine or import .* is writing here"):
+                with pytest.raises(DataError, match=r"orl-fast mine or tables import .* is writing here"):
                     mine(world, folder)
-                with pytest.raises(DataError, match=r"orl-fast mine or import .* is writing here"):
+                with pytest.raises(DataError, match=r"orl-fast mine or tables import .* is writing here"):
                     import_neighbors(replace(done, folder=folder), tmp_path / "neighbors.json")
             assert sorted(path.name for path in folder.iterdir()) == before
         finally:

@@ -10,9 +10,8 @@ import pytest
 from click.testing import CliRunner
 from mining_world import CONFIG, NUM_IMAGES, World
 
-from orl_fast.cli.export import command as export
-from orl_fast.cli.import_ import command as import_
 from orl_fast.cli.mine import command as mine
+from orl_fast.cli.tables import command as tables
 from orl_fast.errors import DataError, StaleError
 from orl_fast.mining.pipeline import STEPS, Stage
 from orl_fast.mining.reference_json import (
@@ -187,18 +186,80 @@ def test_files_that_do_not_fit_are_refused_and_leave_nothing(change, message: st
     assert not fresh.folder.exists()
 
 
+def test_neighbors_that_are_not_packed_are_left_out_on_request(stage: Stage, fresh: Stage, tmp_path: Path, messages: list[str]):
+    """Images 0 to 21 are packed; the file lists two more: image 1 has one of them, image 2 both and a known one, image 3 none but these."""
+    export_pairs(stage, tmp_path / "pairs.json")
+    content = json.loads((tmp_path / "pairs.json").read_text())
+    content["images"]["file_name"] += ["x.jpg", "y.jpg"]
+    columns = content["pseudo_annotations"]
+    for name in ("bbox", "knn_image_id", "knn_bbox_pair"):
+        columns[name] += columns[name][:2]
+    columns["knn_image_id"][1][1] = 22
+    columns["knn_image_id"][2][:2] = 23, 22
+    columns["knn_image_id"][3] = [22, 23, 22]
+    (tmp_path / "more.json").write_text(json.dumps(content))
+    for take in (import_neighbors, import_pairs):
+        with pytest.raises(DataError, match=r"3 images have neighbors that are not packed; .* leave these out with --skip-unknown"):
+            take(fresh, tmp_path / "more.json")
+    assert not fresh.folder.exists()
+    import_pairs(fresh, tmp_path / "more.json", skip_unknown=True)
+    told = "6 of 66 neighbors are not packed and left out; 3 images have fewer than 3, of which the nearest are repeated"
+    assert any(f"{told}; 1 of them have none and are their own neighbors, first 'scene003.jpg'" in message for message in messages)
+    before, after = PairTable.open(stage.folder / "pairs"), PairTable.open(fresh.folder / "pairs")
+    rois = BoxTable.open(fresh.folder / "rois")
+    first, third, second = before.neighbors[1, 0], before.neighbors[1, 2], before.neighbors[2, 2]
+    expected = before.neighbors.copy()
+    expected[1:4] = [[first, third, first], [second] * 3, [3, 3, 3]]
+    np.testing.assert_array_equal(after.neighbors, expected)
+    np.testing.assert_array_equal(NeighborTable.open(fresh.folder / "neighbors").neighbors, expected)
+
+    def pairs_of(table: PairTable, image: int, k: int) -> list[tuple[int, int]]:
+        rows = slice(table.first[image, k], table.first[image, k] + table.count[image, k])
+        return list(zip(table.query_roi[rows].tolist(), table.partner_roi[rows].tolist(), strict=True))
+
+    kept = {(1, 0): 0, (1, 1): 2, (1, 2): 0, (2, 0): 2, (2, 1): 2, (2, 2): 2}
+    for image in range(NUM_IMAGES):
+        for k in range(3):
+            own = [(roi, roi) for roi in range(max(1, int(0.3 * len(rois.of(image)))))]
+            assert pairs_of(after, image, k) == (own if image == 3 else pairs_of(before, image, kept.get((image, k), k)))
+    export_pairs(fresh, tmp_path / "again.json")  # which is whole again
+    import_pairs(replace(fresh, folder=tmp_path / "second"), tmp_path / "again.json")
+
+
+def test_tables_get_narrower_where_no_image_keeps_all_neighbors(stage: Stage, fresh: Stage, tmp_path: Path):
+    export_neighbors(stage, tmp_path / "neighbors.json")
+    content = json.loads((tmp_path / "neighbors.json").read_text())
+    content["images"]["file_name"].append("x.jpg")
+    lists = content["pseudo_annotations"]["knn_image_id"]
+    lists.append([0, 1, 2])
+    for entry in lists[:NUM_IMAGES]:
+        entry[0] = NUM_IMAGES
+    (tmp_path / "more.json").write_text(json.dumps(content))
+    import_neighbors(fresh, tmp_path / "more.json", skip_unknown=True)
+    found = NeighborTable.open(fresh.folder / "neighbors").neighbors
+    np.testing.assert_array_equal(found, NeighborTable.open(stage.folder / "neighbors").neighbors[:, 1:])
+    assert table_info(fresh.folder / "neighbors").settings["num_neighbors"] == 2
+
+
 def test_command_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for part in ("runs", "shards"):
         shutil.copytree(world.folder / part, tmp_path / part)
     monkeypatch.chdir(tmp_path)
     run = CliRunner().invoke
     assert run(mine, ["--workers", "1"]).exit_code == 0
-    done = [run(export, [what, f"{what}.json"]) for what in ("neighbors", "proposals", "pairs")]
+    done = [run(tables, ["export", what, f"{what}.json"]) for what in ("neighbors", "proposals", "pairs")]
     assert [result.exit_code for result in done] == [0, 0, 0], done
-    few = run(export, ["pairs", "few.json", "scenes", "--neighbors", "1", "--pair-ratio", "0.1"])
+    few = run(tables, ["export", "pairs", "few.json", "scenes", "--neighbors", "1", "--pair-ratio", "0.1"])
     assert few.exit_code == 0
     assert json.loads(Path("few.json").read_text())["info"]["knn_image_num"] == 1
-    shutil.rmtree("shards/scenes/mined")
-    done = run(import_, ["pairs", "pairs.json", "scenes"])
+    shutil.move("shards/scenes/mined", "elsewhere")
+    done = run(tables, ["import", "pairs", "pairs.json", "scenes"])
     assert done.exit_code == 0
-    assert "Next: orl-fast train --method orl" in done.output
+    assert "Next: orl-fast train --method orl shards/scenes\n" in done.output
+    for what in ("neighbors", "proposals", "pairs"):
+        assert run(tables, ["export", what, "again.json", "--mined", "elsewhere"]).exit_code == 0
+        assert Path("again.json").read_bytes() == Path(f"{what}.json").read_bytes()
+    done = run(tables, ["import", "neighbors", "neighbors.json", "--mined", "third"])
+    assert "imported: third. Next: orl-fast mine shards/scenes --out third" in done.output
+    assert Path("third/neighbors/table.json").is_file()
+    assert run(tables, ["import", "proposals", "proposals.json", "--skip-unknown"]).exit_code == 2
