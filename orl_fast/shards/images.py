@@ -2,7 +2,8 @@
 
 import io
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import compress
 from typing import NamedTuple
 
@@ -48,12 +49,24 @@ def packed_image(data: bytes) -> PackedImage:
     chroma subsampling: rotation applied, transparency on white, 16 bits reduced to 8, the first frame of an animation.
     Raises BadImage if it is empty, of unknown format, truncated, damaged, of 179 million pixels or more, or too large for the memory.
     """
+    with _plain_reasons(data):
+        return _packed(data)
+
+
+def upright_rgb(data: bytes) -> Image.Image:
+    """Decode an image in full to RGB, as `packed_image` does and with its errors, but without encoding it again."""
+    with _plain_reasons(data):
+        return _decoded(data)[0].convert("RGB")
+
+
+@contextmanager
+def _plain_reasons(data: bytes) -> Iterator[None]:
     if not data:
         raise BadImage("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; anything that matters raises
-            return _packed(data)
+            yield
     except UnidentifiedImageError as error:
         raise BadImage("not an image of a known format") from error
     except Image.DecompressionBombError as error:
@@ -67,6 +80,19 @@ def packed_image(data: bytes) -> PackedImage:
 
 
 def _packed(data: bytes) -> PackedImage:
+    upright, reencoded = _decoded(data)
+    if not reencoded:
+        return PackedImage(jpeg=data, width=upright.width, height=upright.height, reencoded=None)
+    if max(upright.size) > _MAX_SIDE_PX:
+        raise BadImage(f"too large: a side of {max(upright.size)} px, JPEG has at most {_MAX_SIDE_PX}")
+    upright.info.clear()  # otherwise Pillow copies comments into the JPEG
+    buffer = io.BytesIO()
+    upright.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return PackedImage(jpeg=buffer.getvalue(), width=upright.width, height=upright.height, reencoded=reencoded)
+
+
+def _decoded(data: bytes) -> tuple[Image.Image, str]:
+    """The upright image, RGB or gray, and the reason why its file cannot be packed as it is, if there is one."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         image.load()  # raises where data is missing
         rotation, is_jpeg = None, image.format in ("JPEG", "MPO")
@@ -75,15 +101,7 @@ def _packed(data: bytes) -> PackedImage:
         is_odd = is_jpeg and _frame(data) not in _PLAIN_FRAMES
         reasons = (str(image.format), "arithmetic-coded or lossless JPEG", image.mode, "EXIF rotation")
         reencoded = " ".join(compress(reasons, (not is_jpeg, is_odd, image.mode not in ("RGB", "L"), rotation is not None)))
-        if not reencoded:
-            return PackedImage(jpeg=data, width=image.width, height=image.height, reencoded=None)
-        upright = _eight_bit(image if rotation is None else image.transpose(rotation))
-    if max(upright.size) > _MAX_SIDE_PX:
-        raise BadImage(f"too large: a side of {max(upright.size)} px, JPEG has at most {_MAX_SIDE_PX}")
-    upright.info.clear()  # otherwise Pillow copies comments into the JPEG
-    buffer = io.BytesIO()
-    upright.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return PackedImage(jpeg=buffer.getvalue(), width=upright.width, height=upright.height, reencoded=reencoded)
+        return (_eight_bit(image if rotation is None else image.transpose(rotation)) if reencoded else image), reencoded
 
 
 def _frame(jpeg: bytes) -> int:
