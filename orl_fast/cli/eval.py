@@ -122,12 +122,13 @@ def _run(
         )
     if not ranks.is_main:
         return
-    table = Table("backbone", *(str(heading) for heading in module.SCORES.values()), title=EVALS[name].rstrip("."), title_justify="left")
+    scores = {key: str(heading) for key, heading in module.SCORES.items() if key in records[0]["values"]}  # options may leave some out
+    table = Table("backbone", *scores.values(), title=EVALS[name].rstrip("."), title_justify="left")
     for record in records:
-        table.add_row(record["backbone"], *(f"{100 * record['values'][key]:.1f} %" for key in module.SCORES))
+        table.add_row(record["backbone"], *(f"{100 * record['values'][key]:.1f} %" for key in scores))
     console, values = Console(highlight=False), records[0]["values"]
     console.print(table)
-    others = ", ".join(f"{key} {value:g}" for key, value in values.items() if key not in module.SCORES)
+    others = ", ".join(f"{key} {value:g}" for key, value in values.items() if key not in scores)
     console.print(module.summary(values) if hasattr(module, "summary") else others, soft_wrap=True)
     if json_file:
         write_json(json_file, records)

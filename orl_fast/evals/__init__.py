@@ -13,6 +13,7 @@ EVALS = {  # modules of this package, a hyphen standing for an underscore, impor
     "probe": "Linear probe: logistic regression on frozen features.",
     "knn": "Weighted nearest neighbors by cosine similarity.",
     "corloc": "Whether the best corresponding RoIs are on objects: stage 2 by itself.",
+    "voc07": "VOC07 classification: linear SVMs on five feature levels, full or low-shot.",
 }
 
 

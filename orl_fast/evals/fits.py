@@ -83,13 +83,19 @@ class Results:
         return sum(key in self._found for key in keys)
 
     def run(
-        self, function: Callable[[AnyTask], dict[str, Any]], tasks: Sequence[AnyTask], level: Level, advance: Callable[..., None], *,
-        num_ahead: float = 0, num_levels: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        function: Callable[[AnyTask], dict[str, Any]],
+        tasks: Sequence[AnyTask],
+        level: Level,
+        advance: Callable[..., None],
+        *,
+        ahead: Sequence[float] = (0,),
+        num_levels: int = 1,
+    ) -> None:
         """Compute what is missing, in as many processes as cores and memory allow. `advance` is called after each.
 
-        The time for `num_ahead` tasks like the first, on `num_levels` levels, is estimated and logged. DataError: the disk is full, or a
-        process was killed.
+        As many tasks as there are numbers in `ahead` are run first, in this process. Each number is how many tasks like that one are to be
+        done, on all of `num_levels` levels: the time for them is logged. DataError: the disk is full, or a process was killed.
         """
         self._used |= {task.key for task in tasks}
         remaining = [task for task in tasks if task.key not in self._found]
@@ -98,21 +104,25 @@ class Results:
         for module in ("svm", "model_selection", "metrics"):  # not to be measured
             importlib.import_module(f"sklearn.{module}")
         with self._lines() as write:
-            start_s = time.monotonic()
+            times_s = [time.monotonic()]
             level.write()
-            written_s = time.monotonic() - start_s
-            write(_with_key(function, remaining[0]))
-            advance()
-            first_s = time.monotonic() - start_s - written_s
+            times_s.append(time.monotonic())
+            for task in remaining[: len(ahead)]:
+                write(_with_key(function, task))
+                advance()
+                times_s.append(time.monotonic())
+            written_s, *taken_s = np.diff(times_s).tolist()
+            remaining = remaining[len(ahead) :]
             # Of the training matrix, a worker holds a part, and LIBLINEAR's copy of that with 16 bytes for each number.
             memory = available_memory() // (_PROCESS_BYTES + 3 * level.num_bytes)
-            num_workers = max(1, min(self._num_workers, len(remaining) - 1, memory))
-            if num_ahead:
-                ahead = human_time(num_levels * written_s + num_ahead * first_s / num_workers)
-                log.info("the SVMs take about %s in %d processes, judged by one of them (%.2f s)", ahead, num_workers, first_s)
-            if first_s * len(remaining) < _WORTH_PROCESSES_S:
+            num_workers = max(1, min(self._num_workers, len(remaining), memory))
+            if any(ahead):
+                work_s = sum(num * taken for num, taken in zip(ahead, taken_s, strict=False))
+                total = human_time(num_levels * written_s + work_s / num_workers)
+                log.info("the SVMs take about %s in %d processes, judged by the first (%.2f s)", total, num_workers, taken_s[0])
+            if max(taken_s) * len(remaining) < _WORTH_PROCESSES_S:
                 num_workers = 1
-            for record in run_in_workers(partial(_with_key, function), remaining[1:], num_workers=num_workers):
+            for record in run_in_workers(partial(_with_key, function), remaining, num_workers=num_workers):
                 write(record)
                 advance()
 
