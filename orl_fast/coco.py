@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -59,13 +59,15 @@ def read_image_ids(path: Path) -> dict[str, int]:
     return ids
 
 
-def read_annotations(path: Path) -> Annotations:
+def read_annotations(path: Path, content: Any = None) -> Annotations:
     """Read images, objects and categories. Ids written as text are joined with equal integers; what is listed twice by name is merged.
+
+    `content`: of the file, if it has been read.
 
     DataError if the file is not a COCO-style annotation file, or none of its objects can be used, for example because their boxes are
     shares of the image's sides.
     """
-    content, skipped = read_json(path), _Skipped(list)
+    content, skipped = read_json(path) if content is None else content, _Skipped(list)
     images = _by_id(_images(path, _entries(path, content, "images"), skipped))
     sizes: dict[str, tuple[int, int]] = {}
     for name, _, entry in images:
@@ -108,6 +110,79 @@ def read_annotations(path: Path) -> Annotations:
         categories=tuple(categories),
         num_skipped=sum(map(len, unusable.values())),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLabels:
+    """What a file says that labels whole images, as iNaturalist's do."""
+
+    labels: dict[str, str]  # file name → class, images by ascending id
+    classes: tuple[str, ...]  # by ascending id, with those that no image has
+    num_skipped: int  # annotations that cannot be used
+
+
+def labels_whole_images(content: Any) -> bool:
+    """Whether the content of an annotation file gives categories to images, without boxes."""
+    entries = content.get("annotations") if isinstance(content, dict) else None
+    labelled = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return any("category_id" in entry for entry in labelled) and not any("bbox" in entry for entry in labelled)
+
+
+def read_image_labels(path: Path, content: Any = None) -> ImageLabels:
+    """Read a file that labels whole images: one category for each, no boxes (iNaturalist's train2018.json).
+
+    Categories with one name are told apart by their supercategory. Images of several categories, annotations of unknown images or
+    categories, and what is listed again are skipped, counted and named. `content`: of the file, if it has been read.
+
+    DataError: no such file, one without image labels, or categories that cannot be told apart.
+    """
+    content, skipped = read_json(path) if content is None else content, _Skipped(list)
+    images = _by_id(_images(path, _entries(path, content, "images"), skipped))
+    name_of = _unambiguous((key, name) for name, key, _ in images)
+    class_of = _classes(path, content.get("categories"), skipped)
+    found: dict[str, str | None] = {}
+    unusable = _Skipped(list)
+    for position, entry in enumerate(_entries(path, content, "annotations")):
+        entry = entry if isinstance(entry, dict) else {}
+        name, label = name_of.get(_id(entry, "image_id")), class_of.get(_id(entry, "category_id"))
+        if name is None:
+            unusable["annotations of an image that is not listed, or shares its id with another"].append(_name(entry, position))
+        elif label is None:
+            unusable["annotations of a category that is not listed, or shares its id with another"].append(_name(entry, position))
+        elif found.setdefault(name, label) != label:
+            found[name] = None
+    for name in [name for name, label in found.items() if label is None]:
+        unusable["images of several categories"].append(name)
+    labels = {name: label for name, _, _ in images if (label := found.get(name)) is not None}
+    if not labels:
+        reasons = "; ".join(f"{len(names)} {what}" for what, names in unusable.items()) or "it has no annotations"
+        raise DataError(f"{path}: labels none of its {len(images)} images ({reasons}); give another file")
+    _warn(path, skipped | unusable)
+    classes = tuple(dict.fromkeys(label for label in class_of.values() if label is not None))
+    return ImageLabels(labels=labels, classes=classes, num_skipped=sum(map(len, unusable.values())))
+
+
+def _classes(path: Path, listed: Any, skipped: _Skipped) -> Mapping[Id | None, str | None]:
+    """The name of each category by its id, in the order of the ids; categories without a name bear their id."""
+    named: dict[tuple[str, str], list[Id]] = defaultdict(list)  # (name, supercategory) → ids
+    for position, entry in enumerate(listed if isinstance(listed, list) else []):
+        entry = entry if isinstance(entry, dict) else {}
+        key = _id(entry, "id")
+        if key is None:
+            skipped["categories without an id"].append(_name(entry, position))
+        elif key not in (ids := named[str(entry.get("name") or key), str(entry.get("supercategory") or "")]):
+            ids.append(key)
+    shared = {name for name, count in Counter(name for name, _ in named).items() if count > 1}
+    for (name, above), ids in named.items():
+        if len(ids) > 1:
+            numbers = ", ".join(map(str, ids[:5]))
+            raise DataError(f"{path}: several categories are named {name!r} (ids {numbers}); rename them, or join them to one")
+        if name in shared and not above:
+            raise DataError(f"{path}: several categories are named {name!r}; rename them, or join them to one")
+    pairs = [(ids[0], f"{above}/{name}" if name in shared else name) for (name, above), ids in named.items()]
+    if all(isinstance(key, int) for key, _ in pairs):
+        pairs.sort(key=itemgetter(0))
+    return _unambiguous(pairs)
 
 
 def rotate_boxes(boxes: NDArray[Any], *, orientation: int, size_px: tuple[int, int]) -> NDArray[Any]:
