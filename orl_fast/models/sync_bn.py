@@ -44,5 +44,7 @@ class CpuSyncBatchNorm(_BatchNorm):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * num_values / (num_values - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centered * scale.view(shape) + self.bias.view(shape)).to(input.dtype)
+        scale = torch.rsqrt(variance + self.eps)
+        if not self.affine:
+            return (centered * scale.view(shape)).to(input.dtype)
+        return (centered * (self.weight * scale).view(shape) + self.bias.view(shape)).to(input.dtype)

@@ -17,7 +17,7 @@ from orl_fast.views.specs import Augmentation, JitteredRoi
 
 # Streams of the choices that the views of a sample share; 0 is the sampler's, 1 to 15 are the views' own (`ViewSpec.stream`). They, and
 # the order of the draws, are part of the results: changing one changes every view.
-NEIGHBOR_STREAM, PAIR_STREAM, ROI_STREAM, ROI_JITTER_STREAM = 16, 17, 18, 19
+NEIGHBOR_STREAM, PAIR_STREAM, ROI_STREAM, ROI_JITTER_STREAM, LIGHTING_STREAM = 16, 17, 18, 19, 20
 _CROP_TRIES = 10
 _LEFT, _TOP, _AUGMENTATIONS = 20, 21, slice(22, 35)  # indices within a view's stream; those before are the crop's tries
 
@@ -52,6 +52,12 @@ def augmentations(seed: int, epoch: int, rows: Rows, streams: Sequence[int], eac
         "blur_sigma": np.where(blur < a["blur_prob"], _between(sigma, *a["blur_sigma_px"].T), 0).astype(np.float32),
         "solarize": solarize < a["solarize_prob"],
     }
+
+
+def normals(seed: int, epoch: int, rows: Rows, stream: int, count: int) -> NDArray[np.float64]:
+    """[B, count]: standard normal draws of each image (Box and Muller)."""
+    radius, turns = _uniforms(seed, epoch, rows, np.full(len(rows), stream), 0, 2 * count).reshape(2, count, len(rows))
+    return np.asarray(np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * turns)).T
 
 
 def _between(draws: NDArray[np.float64], low: Any, high: Any) -> NDArray[np.float64]:

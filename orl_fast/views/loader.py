@@ -59,6 +59,7 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
         cls, shards: Path | ShardIndex, specs: Sequence[ViewSpec], *, batch_size: int, seed: int = 0, mined: Mined | None = None,
         source: ImageSource | None = None, loader: LoaderConfig = _DEFAULTS, rank: int = 0, world_size: int = 1, accumulate: int = 1,
         device: torch.device | None = None, num_threads: int = 0, start_step: int = 0, num_steps: int | None = None,
+        rows: Rows | None = None,
     ) -> "ViewLoader":  # fmt: skip
         """A loader of any views of the packed images in a folder, or of its open index.
 
@@ -68,6 +69,7 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
             source: where images are read from, by default the one that `loader.source` names.
             device: where the views go; decides whether the GPU may render.
             num_threads: for rendering, unless `loader.num_threads` is set; 0: all cores of this process.
+            rows: the images to draw from, for example those with a label; by default all.
         Raises:
             ConfigError: two views share a name or a stream, the batch cannot be shared by the ranks, is larger than the data, or the
                 renderer cannot run here.
@@ -76,10 +78,12 @@ class ViewLoader(AbstractContextManager["ViewLoader"]):
         if not len(specs) == len({spec.name for spec in specs}) == len({spec.stream for spec in specs} & set(range(1, 16))) > 0:
             raise ConfigError(f"views {[(spec.name, spec.stream) for spec in specs]}: each needs a name and a stream, 1 to 15, of its own")
         index = shards if isinstance(shards, ShardIndex) else ShardIndex.open(shards)
-        sampler = Sampler(num_images=len(index), batch_size=batch_size, world_size=world_size, accumulate=accumulate, seed=seed)
+        num_images = len(index) if rows is None else len(rows)
+        sampler = Sampler(num_images=num_images, batch_size=batch_size, world_size=world_size, accumulate=accumulate, seed=seed)
 
-        def draw(rows: Rows, epoch: int) -> ViewPlan:
-            return draw_plan(rows, specs, seed=seed, epoch=epoch, heights=index.heights, widths=index.widths, mined=mined)
+        def draw(positions: Rows, epoch: int) -> ViewPlan:
+            chosen = positions if rows is None else rows[positions]
+            return draw_plan(chosen, specs, seed=seed, epoch=epoch, heights=index.heights, widths=index.widths, mined=mined)
 
         trial = draw(np.arange(sampler.micro_batch, dtype=np.int64), 0)  # also raises here what it would raise in the background
         source = open_source(index, loader, images=source, patches=mined.patches if mined is not None else None, shrunken=True)
