@@ -19,7 +19,7 @@ from orl_fast.evals.labels import LabelledOptions
 _CHECKPOINT = """CHECKPOINT is a checkpoint.pt or the run folder that holds it; weights of torchvision, timm, MoCo, DINO, OpenSelfSup,
 Detectron2 and others (.pth, .pkl, .safetensors; docs/export.md says how they are read); or `random`: the backbone untrained
 (--backbone NAME)."""
-_FLAGS = {"num_neighbors": "neighbors", "size_px": "size"}  # a field's name, where its option has another
+_FLAGS = {"num_neighbors": "neighbors", "size_px": "size", "label_list": "list"}  # a field's name, where its option has another
 
 
 class _Evals(LazyGroup):

@@ -14,6 +14,8 @@ EVALS = {  # modules of this package, a hyphen standing for an underscore, impor
     "knn": "Weighted nearest neighbors by cosine similarity.",
     "corloc": "Whether the best corresponding RoIs are on objects: stage 2 by itself.",
     "voc07": "VOC07 classification: linear SVMs on five feature levels, full or low-shot.",
+    "linear": "Linear classifiers on five feature levels (ImageNet, Places205, iNaturalist18).",
+    "semi": "Fine-tuning on 1 % or 10 % of the labels (ImageNet).",
 }
 
 
