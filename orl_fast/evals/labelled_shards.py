@@ -19,7 +19,19 @@ from orl_fast.console import log
 from orl_fast.distributed import broadcast_value
 from orl_fast.errors import ConfigError, DataError, StaleError
 from orl_fast.evals import Context
-from orl_fast.evals.layouts import LabelList, base_folder, folder_classes, in_system_folder, numbered_as, read_labels, require_present
+from orl_fast.evals.layouts import (
+    TRAIN_NAMES,
+    VAL_NAMES,
+    LabelList,
+    base_folder,
+    copied,
+    find_split,
+    folder_classes,
+    in_system_folder,
+    numbered_as,
+    read_labels,
+    require_present,
+)  # fmt: skip
 from orl_fast.files import human_bytes, require_free_space
 from orl_fast.places import SHARDS_HOME
 from orl_fast.shards import ShardIndex, ShardReader, write_shards
@@ -28,7 +40,6 @@ from orl_fast.shards.index import MANIFEST_NAME
 from orl_fast.shards.labels import NEITHER, TRAIN, VAL, ImageClasses, read_classes, write_classes
 from orl_fast.shards.sources import find_sources, list_images
 
-VAL_NAMES = ("val", "valid", "validation", "test")
 # Pairs of lists that are found by their name: OpenSelfSup's, Places205's, iNaturalist's. `*` stands for the year.
 _LISTS = (
     ("meta/train_labeled.txt", "meta/val_labeled.txt"),
@@ -120,13 +131,11 @@ Rule = Path | tuple[LabelList, Path]  # a folder of class folders; or a list, an
 
 def _layout(data: Path, options: LabelledShardsOptions) -> tuple[Rule, Rule]:
     """Where the classes of the training and of the validation images come from."""
-    val_folder = next((data / name for name in VAL_NAMES if (data / name).is_dir()), None)
-    train_folder = data / "train" if (data / "train").is_dir() else (data if options.val else None)
+    train_folder, val_folder = find_split(data, TRAIN_NAMES) or (data if options.val else None), find_split(data, VAL_NAMES)
     if options.val is not None:
-        nested = next((options.val / name for name in VAL_NAMES if (options.val / name).is_dir()), None)
-        val_folder = nested or options.val
         if not options.val.is_dir():
             raise DataError(f"{options.val}: no such folder; give --val a folder with one subfolder of images per class")
+        val_folder = find_split(options.val, VAL_NAMES) or options.val
     lists = options.train_list, options.val_list
     by_folder = train_folder is not None and val_folder is not None and has_class_folders(train_folder) and has_class_folders(val_folder)
     if not any(lists) and not by_folder:
@@ -299,7 +308,7 @@ def _by_names(index: ShardIndex, *, default: int = NEITHER) -> tuple[list[str | 
 
     `default`: the split of what lies in neither.
     """
-    split_of = {"train": TRAIN, **dict.fromkeys(VAL_NAMES, VAL)}
+    split_of = {**dict.fromkeys(TRAIN_NAMES, TRAIN), **dict.fromkeys(VAL_NAMES, VAL)}
     names: tuple[dict[int, str], dict[int, str]] = ({}, {})
     for row, (name, source) in enumerate(zip(index.file_names, index.sources.tolist(), strict=True)):
         first, _, rest = name.partition("/")
@@ -401,8 +410,7 @@ def _copies(train: Part, val: Part) -> NDArray[np.int64]:
     in_both = set(slices[0]) & set(slices[1])
     likely = [rows[[piece in in_both for piece in pieces]] for rows, pieces in zip(chosen, slices, strict=True)]
     digests = [[hashlib.sha256(jpeg.data).digest() for jpeg in _jpegs(part, rows)] for part, rows in zip((train, val), likely, strict=True)]
-    held = set(digests[1])
-    return likely[0][np.array([digest in held for digest in digests[0]], np.bool_)]
+    return likely[0][np.array(copied(*digests), np.int64)]
 
 
 def _size_keys(part: Part) -> NDArray[np.int64]:

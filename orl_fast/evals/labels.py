@@ -1,29 +1,43 @@
 """Labelled data for evaluations: folders with one subfolder per class, and COCO-style annotations, whose boxes are the objects."""
 
+import hashlib
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from orl_fast.coco import read_annotations
+from orl_fast.coco import labels_whole_images, read_annotations, read_json
 from orl_fast.config import Section
 from orl_fast.console import log
 from orl_fast.errors import DataError
 from orl_fast.evals import Context
-from orl_fast.shards.images import IMAGE_SUFFIXES
+from orl_fast.evals.layouts import (
+    TRAIN_NAMES,
+    VAL_NAMES,
+    LabelList,
+    base_folder,
+    copied,
+    find_split,
+    folder_classes,
+    numbered_as,
+    read_labels,
+    require_present,
+)  # fmt: skip
+from orl_fast.shards.sources import ListedImage, Source, list_images
 
-_TEST_SPLITS = ("val", "valid", "validation", "test")
 _MIN_SIDE_PX = 8  # a smaller box shows nothing that could be recognized
 
 
 class LabelledOptions(Section):
-    """DATA is a folder with one subfolder of images per class, or a COCO folder or annotation file, whose ground-truth boxes are cut out
-    and labelled by category. The test part is held out by image, so that no image is in both parts. Entries and images that cannot be
-    used are skipped, counted and named."""
+    """DATA is a folder with one subfolder of images per class, or with train/ and val/ of such; or a COCO folder or annotation file, whose
+    ground-truth boxes are cut out and labelled by category; or a file that labels whole images (lines "path label" or "path,label", or
+    iNaturalist's JSON). The test part is held out by image, so that no image is in both parts. Entries and images that cannot be used are
+    skipped, counted and named."""
 
     annotations: Path | None = Field(default=None, description="COCO-style annotation file, in place of DATA.")
     images: Path | None = Field(default=None, description="Folder of that file's images.")
@@ -71,14 +85,24 @@ def labelled_data(data: Path, options: LabelledOptions, context: Context) -> tup
     DataError as `open_labelled`, `with_test` and `split_by_image` raise it.
     """
     test = options.test
-    own_tests = [data / name for name in _TEST_SPLITS if (data / name).is_dir()]
-    if own_tests and (data / "train").is_dir() and not (data / "annotations").is_dir():
-        data, test = data / "train", options.test or own_tests[0]
-        log.info("training on %s, testing on %s", data, test)
+    if data.is_dir() and not (data / "annotations").is_dir():
+        train, own_test = find_split(data, TRAIN_NAMES), find_split(data, VAL_NAMES)
+        if train is not None and (test or own_test):
+            data, test = train, test or own_test
+            log.info("training on %s, testing on %s", data, test)
     objects = open_labelled(data, images=options.images)
     if test is None:
-        return split_by_image(objects, held_out=options.held_out, seed=options.seed)
-    return with_test(objects, open_labelled(test, images=options.test_images))
+        parts = split_by_image(objects, held_out=options.held_out, seed=options.seed)
+    else:
+        parts = with_test(objects, open_labelled(test, images=options.test_images))
+    train_part, test_part = without_copies(*parts), parts[1]
+    for part, purpose in ((train_part, "to learn from"), (test_part, "to test on")):
+        what = "images" if part.boxes is None else "boxes"
+        log.info(
+            "%s: %d %s of %d classes, in %d images (%d images and %d annotations skipped)",
+            purpose, len(part), what, len(np.unique(part.labels)), len(part.paths), part.num_skipped_images, part.num_skipped_objects,
+        )  # fmt: skip
+    return train_part, test_part
 
 
 def open_labelled(path: Path, *, images: Path | None = None) -> Objects:
@@ -86,14 +110,18 @@ def open_labelled(path: Path, *, images: Path | None = None) -> Objects:
 
     Args:
         path: a folder with one subfolder per class (images at any depth below); or a folder with `annotations/` (its only
-            instances_*.json is taken); or a split's folder next to that; or such a .json file.
+            instances_*.json is taken); or a split's folder next to that; or such a .json file; or a file that labels whole images
+            (`read_labels`).
         images: the folder of an annotation file's images; by default the split's folder of COCO's layout, an `images` folder next to the
             file, or the file's own folder.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; give a folder with one subfolder per class, or a COCO-style annotation file")
     if path.is_file():
-        return _from_coco(path, images or _images_beside(path))
+        content = read_json(path) if path.suffix.lower() == ".json" else None
+        if content is None or labels_whole_images(content):
+            return _from_list(path, images)
+        return _from_coco(path, images or _images_beside(path), content)
     annotations = path.resolve().parent / "annotations" / f"instances_{path.resolve().name}.json"
     if annotations.is_file():
         return _from_coco(annotations, images or path)
@@ -126,7 +154,11 @@ def split_by_image(objects: Objects, *, held_out: float, seed: int) -> tuple[Obj
 
 
 def with_test(train: Objects, test: Objects) -> tuple[Objects, Objects]:
-    """Separate test data, its classes matched by name. DataError if it has a class that the training data lack, or an image of theirs."""
+    """Separate test data, its classes matched by name. DataError if it has a class that the training data lack, or an image of theirs.
+
+    Numbers in place of names, as lists have them, are positions among the names.
+    """
+    train, test = _named_as(train, test), _named_as(test, train)
     unknown = sorted({test.classes[label] for label in test.labels.tolist()} - set(train.classes))
     if unknown:
         names = ", ".join(unknown[:5])
@@ -134,21 +166,104 @@ def with_test(train: Objects, test: Objects) -> tuple[Objects, Objects]:
     shared = {path.resolve() for path in train.paths} & {path.resolve() for path in test.paths}
     if shared:
         raise DataError(f"{min(shared)}: is in the training data and in the test data; give other test data")
-    positions = np.array([train.classes.index(name) if name in train.classes else -1 for name in test.classes], np.int64)
+    number = {name: i for i, name in enumerate(train.classes)}
+    positions = np.array([number.get(name, -1) for name in test.classes], np.int64)
     return train, replace(test, labels=positions[test.labels], classes=train.classes)
 
 
 def _from_folders(root: Path) -> Objects:
     if (root / "JPEGImages").is_dir():
         raise DataError(f"{root}: is in PASCAL VOC's layout, which has no class folders; give its objects as a COCO-style annotation file")
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    per_class = [sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES) for folder in folders]
-    classes = [(folder.name, files) for folder, files in zip(folders, per_class, strict=True) if files]
+    names = sorted((image.file_name for image in _listed(root)), key=lambda name: name.split("/"))
+    found = [(name, label) for name, label in zip(names, folder_classes(names, root=root), strict=True) if label is not None]
+    classes = sorted({label for _, label in found})
     if len(classes) < 2:
-        raise DataError(f"{root}: {len(classes)} subfolders hold images; give a folder that has one for each of two or more classes")
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for _, files in classes])
-    paths = tuple(file for _, files in classes for file in files)
-    return Objects(paths=paths, images=np.arange(len(paths)), labels=labels, classes=tuple(name for name, _ in classes))
+        loose = sum("/" not in name for name in names)
+        where = f' and {loose} images lie in none; label these by a file with lines "path label"' if loose else ""
+        raise DataError(
+            f"{root}: {len(classes)} subfolders hold images{where}; give a folder that has one subfolder for each of two or more classes"
+        )
+    number = {label: i for i, label in enumerate(classes)}
+    return Objects(
+        paths=tuple(root / name for name, _ in found), images=np.arange(len(found)), classes=tuple(classes),
+        labels=np.array([number[label] for _, label in found], np.int64), num_skipped_images=len(names) - len(found),
+    )  # fmt: skip
+
+
+def _listed(root: Path) -> list[ListedImage]:
+    """The images below a folder, but not those in hidden folders."""
+    try:
+        return list_images([Source(folder=root, annotations=None)]).images
+    except DataError:  # there is none
+        return []
+
+
+def _from_list(path: Path, images: Path | None) -> Objects:
+    """Whole images, labelled by a file."""
+    listed = read_labels(path)
+    base = images or base_folder(listed, [path.parent, path.parent.parent, path.parent / path.stem, *_images_around(path)])
+    there = [name for name in listed.labels if (base / name).is_file()]
+    require_present(listed, [name for name in listed.labels if not (base / name).is_file()], where=base)
+    used = {listed.labels[name] for name in there}
+    classes = tuple(name for name in listed.classes if name in used)
+    if len(classes) < 2:
+        raise DataError(f"{path}: labels images of {len(classes)} classes; at least two are needed")
+    number = {label: i for i, label in enumerate(classes)}
+    return Objects(
+        paths=tuple(base / name for name in there), images=np.arange(len(there)), classes=classes,
+        labels=np.array([number[listed.labels[name]] for name in there], np.int64),
+        num_skipped_images=len(listed.labels) - len(there), num_skipped_objects=listed.num_skipped,
+    )  # fmt: skip
+
+
+def _images_around(path: Path) -> list[Path]:
+    """Folders near a list that its paths may start from: ImageNet's train/ and val/, Places205's images256/."""
+    return [parent / name for parent in (path.parent, path.parent.parent) for name in (*TRAIN_NAMES, *VAL_NAMES, "images", "images256")]
+
+
+def _named_as(objects: Objects, others: Objects) -> Objects:
+    """With the others' class names, if these have names and the objects only numbers."""
+    labels = LabelList(
+        path=objects.paths[0].parent, labels={name: name for name in objects.classes}, classes=objects.classes, num_skipped=0
+    )
+    named = numbered_as(labels, others.classes)
+    return objects if named is labels else replace(objects, classes=tuple(named.labels[name] for name in objects.classes))
+
+
+def without_copies(train: Objects, test: Objects) -> Objects:
+    """The training objects without images that are test images too, byte for byte; these are counted as skipped.
+
+    DataError if that is most of the training images.
+    """
+    sizes = [np.array([_num_bytes(path) for path in part.paths], np.int64) for part in (train, test)]
+    alike = [np.flatnonzero(np.isin(mine, others)).tolist() for mine, others in (sizes, sizes[::-1])]
+    digests = [[_digest(part.paths[i]) for i in positions] for part, positions in zip((train, test), alike, strict=True)]
+    copies = [alike[0][i] for i in copied(*digests)]
+    if not copies:
+        return train
+    if 2 * len(copies) > len(train.paths):
+        raise DataError(
+            f"{train.paths[copies[0]]}: this and {len(copies) - 1} more of {len(train.paths)} training images are test images too, byte "
+            "for byte; give other test data"
+        )
+    log.warning("%d training images are test images too, byte for byte: skipped, for example %s", len(copies), train.paths[copies[0]])
+    rest = np.setdiff1d(np.arange(len(train.paths)), copies)
+    return replace(train.of_images(rest), num_skipped_images=train.num_skipped_images + len(copies))
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # what cannot be read is skipped and counted later
+        return -1
+
+
+def _digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return os.fsencode(path)
 
 
 def _images_beside(annotations: Path) -> Path:
@@ -158,8 +273,8 @@ def _images_beside(annotations: Path) -> Path:
     return next((folder for folder in candidates if folder.is_dir()), annotations.parent)
 
 
-def _from_coco(file: Path, folder: Path) -> Objects:
-    found = read_annotations(file)
+def _from_coco(file: Path, folder: Path, content: Any = None) -> Objects:
+    found = read_annotations(file, content)
     large = (found.boxes[:, 2:] - found.boxes[:, :2]).min(axis=1, initial=np.inf) >= _MIN_SIDE_PX
     named = found.labels >= 0
     if num_unnamed := int(np.sum(~named)):

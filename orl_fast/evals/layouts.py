@@ -18,6 +18,8 @@ _SYSTEM_FOLDERS = frozenset(
     ("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "recycler", "lost+found",
      "system volume information")
 )  # fmt: skip
+TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation", "test", "testing")
+_SPLIT = re.compile(r"(?P<kind>train|val|test|dev|eval)(ing|id|idation)?[-_]?(\d{2,4})?", re.IGNORECASE)
 _LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<label>[^\s,]+)")
 _NAMED = 3  # skipped entries that a message names
 
@@ -30,6 +32,12 @@ class LabelList:
     labels: Mapping[str, str]  # file name, relative to a folder that is not known here → class
     classes: tuple[str, ...]  # in order
     num_skipped: int  # entries that cannot be used
+
+
+def find_split(root: Path, names: Sequence[str]) -> Path | None:
+    """The subfolder with the first of these names, in any case."""
+    found = {entry.name.lower(): entry for entry in sorted(root.iterdir(), reverse=True) if entry.name.lower() in names and entry.is_dir()}
+    return next((found[name] for name in names if name in found), None)
 
 
 def in_system_folder(file_name: str) -> bool:
@@ -57,11 +65,17 @@ def folder_classes(file_names: Sequence[str], *, root: Path) -> list[str | None]
             found.append(first)
             continue
         found.append(None)
+    kinds = {match["kind"].lower() for first in nested if (match := _SPLIT.fullmatch(first))}
+    if "train" in kinds and len(kinds) > 1:
+        raise DataError(
+            f"{root}: its folders ({', '.join(sorted(nested)[:4])}) are named like parts of a data set, not like classes; give the part "
+            "that has class folders, or one with train/ and val/"
+        )
     if not direct and (several := next((first for first, folders in nested.items() if len(folders) > 1), None)):
         example = ", ".join(f"{several}/{name}" for name in sorted(nested[several])[:2])
         raise DataError(
             f"{root}: its folders hold folders ({example}, …), and which of them are classes is not known; label the images by a list file "
-            "(orl-fast eval linear takes one with --train-list), or make one folder for each class"
+            '(lines "path label"), or make one folder for each class'
         )
     if num_system:
         log.warning("%s: %d images in hidden or system folders: skipped", root, num_system)
@@ -165,6 +179,10 @@ def warn(path: Path, skipped: Mapping[str, Sequence[str]]) -> None:
             )
 
 
-def describe(counts: Mapping[str, int]) -> str:
-    """'3 damaged, 1 unlabelled', of what there is."""
-    return ", ".join(f"{count:,} {what}" for what, count in Counter(counts).items() if count) or "none"
+def copied(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
+    """Positions in `train` of the digests of images that are in `test` too.
+
+    What occurs again within one of them is not meant: photo sites' "not available" picture, or drawn images of one color.
+    """
+    counts = Counter(train), Counter(test)
+    return [i for i, digest in enumerate(train) if counts[0][digest] == counts[1][digest] == 1]
