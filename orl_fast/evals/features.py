@@ -1,5 +1,6 @@
 """Frozen features of labelled objects: image files are read, cropped and encoded, a bounded number at a time."""
 
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from orl_fast.console import log, progress
 from orl_fast.encode import bounded, encode
 from orl_fast.evals import Context
 from orl_fast.evals.labels import LabelledOptions, Objects, labelled_data
+from orl_fast.files import human_bytes, require_free_space
+from orl_fast.memory import available_memory
 from orl_fast.models import Encoder
 from orl_fast.shards.images import BadImage, PackedImage, packed_image
 from orl_fast.views.choose import open_renderer
@@ -27,6 +30,7 @@ from orl_fast.views.plan import ViewPlan, center_crops, roi_crops
 BOX_PADDING = 0.1  # of a box's sides, added on each: edges are part of an object's look
 _IMAGES_PER_BLOCK = 64
 _CROPS_PER_BATCH = 256
+_MEMORY_SHARE = 0.25  # of the available memory that features may take
 _CPU = Context(device=torch.device("cpu"))
 
 
@@ -77,15 +81,33 @@ def encode_objects(
     ):
         plans = ((None, plan(members)) for members in source.blocks(advance))
         encoded = encode(encoder.to(device).pooled, drawn, plans, batch_size=_CROPS_PER_BATCH, device=device, skip=source.skip)
-        values = [np.empty((0, encoder.num_features), np.float32), *(batch for _, batch in encoded)]
+        values, num = room((len(objects), encoder.num_features), folder=context.work), 0
+        for _, batch in encoded:
+            values[num : num + len(batch)] = batch
+            num += len(batch)
     kept = source.usable & ~source.skipped[objects.images]
     return Features(
-        values=np.concatenate(values),
+        values=values[:num],
         labels=objects.labels[kept],
         images=objects.images[kept],
         num_skipped_images=objects.num_skipped_images + int(source.skipped.sum()),
         num_skipped_objects=objects.num_skipped_objects + int(np.sum(~source.usable)),
     )
+
+
+def room(shape: tuple[int, int], *, folder: Path | None) -> NDArray[np.float32]:
+    """An array for features: in memory, or, where it would take much of that, in a file of `folder` that vanishes with the array.
+
+    DataError: the disk is too small for it.
+    """
+    num_bytes, folder = 4 * shape[0] * shape[1], folder or Path(tempfile.gettempdir())
+    if num_bytes <= _MEMORY_SHARE * available_memory():
+        return np.empty(shape, np.float32)
+    require_free_space(folder, num_bytes=num_bytes, purpose="features")
+    log.info("%s of features are kept in a temporary file in %s", human_bytes(num_bytes), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def pad_boxes(boxes: NDArray[np.float32], *, sizes_px: NDArray[np.int32], share: float = BOX_PADDING) -> NDArray[np.float32]:

@@ -11,7 +11,9 @@ from orl_fast.console import log
 from orl_fast.errors import DataError
 from orl_fast.evals import Context
 from orl_fast.evals.features import Features, encode_labelled
-from orl_fast.evals.labels import LabelledOptions
+from orl_fast.evals.labels import LabelledOptions, labelled_data
+from orl_fast.files import human_bytes
+from orl_fast.memory import available_memory
 from orl_fast.models import Encoder
 
 SCORES = {"top1": "top-1", "mean_class_accuracy": "mean per class", "chance": "chance"}
@@ -25,6 +27,8 @@ class Options(LabelledOptions):
 
 
 def run(encoder: Encoder, data: Path, options: Options, context: Context) -> dict[str, float]:
+    objects, _ = labelled_data(data, options, context)  # read once
+    require_memory(len(objects), encoder.num_features, len(objects.classes))  # before anything is encoded
     train, test = encode_labelled(encoder, data, options, context)
     return linear_probe(train, test, cost=options.cost, seed=options.seed)
 
@@ -50,9 +54,10 @@ def linear_probe(train: Features, test: Features, *, cost: float | None = None, 
         "top1" and "mean_class_accuracy" (both 0 to 1), "chance" (top1 of always answering the most frequent training class), "cost",
         "num_train", "num_test", "num_classes", "num_skipped_images", "num_skipped_objects".
     Raises:
-        DataError: fewer than two classes to learn, or nothing to test.
+        DataError: fewer than two classes to learn, nothing to test, or more than fits into memory.
     """
     check_parts(train, test)
+    require_memory(len(train.labels), train.values.shape[1], len(np.unique(train.labels)))
     center, scale = train.values.mean(0), train.values.std(0) + 1e-6
     train_x, test_x = (train.values - center) / scale, (test.values - center) / scale
     if cost is None:
@@ -64,6 +69,20 @@ def linear_probe(train: Features, test: Features, *, cost: float | None = None, 
             cost = max(COSTS, key=lambda c: float(np.mean(fits[c] == train.labels[held_out])))
     predicted = _fit(train_x, train.labels, test_x, cost=cost)
     return {**scores(predicted, train, test), "cost": cost}
+
+
+def require_memory(num_objects: int, num_features: int, num_classes: int) -> None:
+    """Refuse a fit that does not fit into memory: a DataError that names other evaluations.
+
+    L-BFGS works on all objects at once: standardized features and two copies, in float32; logits, probabilities and their gradient, in
+    float32; and twenty earlier steps and gradients of all weights, in float64.
+    """
+    needed = 4 * num_objects * (3 * num_features + 3 * num_classes) + 8 * 2 * 12 * num_features * num_classes
+    if needed > (available := available_memory()):
+        raise DataError(
+            f"logistic regression of {num_objects:,} objects, {num_features:,} features and {num_classes:,} classes takes about "
+            f"{human_bytes(needed)} of memory, {human_bytes(available)} are available; use orl-fast eval linear or knn, or fewer images"
+        )
 
 
 def scores(predicted: NDArray[np.int64], train: Features, test: Features) -> dict[str, float]:
