@@ -20,13 +20,13 @@ _IMAGES_ARRAY = re.compile(r'"images"\s*:\s*(?=\[)')
 _NAMED = 3  # skipped entries that a message names
 _REMEDY = "fix it, move it away, or give another annotation file"
 _SHARES = "boxes within 0 … 1, which look like shares of the image's sides"
-_Skipped = defaultdict[str, list[str]]  # what is skipped → the names of the entries
+Skipped = defaultdict[str, list[str]]  # what is skipped → the names of the entries
 _Named = tuple[str, Id, dict[str, Any]]  # name, id, entry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """The images of an annotation file and their objects, without crowds, image by image."""
+    """The images of an annotation file and their objects, image by image; crowds only where it was read `complete`."""
 
     file_names: tuple[str, ...]  # the images by ascending id, each once
     sizes_px: NDArray[np.int64]  # [N, 2] width and height of each image; 0 where the file has none
@@ -35,6 +35,9 @@ class Annotations:
     labels: NDArray[np.int64]  # [M] position of each object's category in `categories`; -1 if it has none that the file lists
     categories: tuple[str, ...]  # the names, each once, by ascending id
     num_skipped: int  # objects that cannot be used
+    image_ids: tuple[Id, ...]  # of each image; of one that is listed again, the first
+    category_ids: tuple[Id, ...]  # likewise
+    entries: tuple[dict[str, Any], ...] = ()  # [M] each object as the file has it, where the file was read `complete`
 
     def boxes_of(self, image: int) -> NDArray[np.float64]:
         """[m, 4]: the boxes of one image."""
@@ -47,7 +50,7 @@ def read_image_ids(path: Path) -> dict[str, int]:
 
     DataError if the file is not a COCO-style annotation file.
     """
-    skipped = _Skipped(list)
+    skipped = Skipped(list)
     images = _images(path, _only_images(path) or _entries(path, read_json(path), "images"), skipped)
     numbers = all(isinstance(key, int) for _, key, _ in images)
     if not numbers:
@@ -55,19 +58,19 @@ def read_image_ids(path: Path) -> dict[str, int]:
     ids: dict[str, int] = {}
     for position, (name, key, _) in enumerate(images):
         ids.setdefault(name, int(key) if numbers else position)
-    _warn(path, skipped)
+    warn_skipped(path, skipped)
     return ids
 
 
-def read_annotations(path: Path, content: Any = None) -> Annotations:
+def read_annotations(path: Path, content: Any = None, *, complete: bool = False) -> Annotations:
     """Read images, objects and categories. Ids written as text are joined with equal integers; what is listed twice by name is merged.
 
+    `complete`: crowds too, and the objects' own entries, which hold whatever else the file says about them (masks, areas, "iscrowd").
     `content`: of the file, if it has been read.
-
     DataError if the file is not a COCO-style annotation file, or none of its objects can be used, for example because their boxes are
     shares of the image's sides.
     """
-    content, skipped = read_json(path) if content is None else content, _Skipped(list)
+    content, skipped = read_json(path) if content is None else content, Skipped(list)
     images = _by_id(_images(path, _entries(path, content, "images"), skipped))
     sizes: dict[str, tuple[int, int]] = {}
     for name, _, entry in images:
@@ -78,37 +81,47 @@ def read_annotations(path: Path, content: Any = None) -> Annotations:
     named = _by_id(list(_named(listed if isinstance(listed, list) else [], "categories", lambda entry: entry.get("name"), skipped)))
     categories = list(dict.fromkeys(name for name, _, _ in named))
     label_of = _unambiguous((key, categories.index(name)) for name, key, _ in named)
-    objects: list[tuple[int, int, list[float]]] = []  # image, label, box
-    unusable, num_crowds = _Skipped(list), 0
+    objects: list[tuple[int, int, list[float], dict[str, Any]]] = []  # image, label, box, entry
+    unusable, num_crowds = Skipped(list), 0
     entries = _entries(path, content, "annotations")
     for position, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {}
         image, label, box = image_of.get(_id(entry, "image_id")), label_of.get(_id(entry, "category_id")), _box(entry)
-        if entry.get("iscrowd"):
-            num_crowds += 1
-        elif image is None:
+        num_crowds += bool(entry.get("iscrowd"))
+        if entry.get("iscrowd") and not complete:
+            continue
+        if image is None:
             unusable["objects of an image that is not listed, or shares its id with another"].append(_name(entry, position))
         elif box is None:
             unusable["objects without a box [x, y, width, height] that has an area"].append(_name(entry, position))
         elif max(map(abs, box)) <= 1:
             unusable[_SHARES].append(_name(entry, position))
         else:
-            objects.append((image, -1 if label is None else label, box))
+            objects.append((image, -1 if label is None else label, box, entry))
     if unusable and not objects:
         reasons = "; ".join(f"{len(names)} {what}" for what, names in unusable.items())
         remedy = "multiply x and width by the image's width, y and height by its height" if _SHARES in unusable else "give another file"
-        raise DataError(f"{path}: none of its {len(entries) - num_crowds} objects can be used ({reasons}); {remedy}")
-    _warn(path, skipped | unusable)
+        raise DataError(f"{path}: none of its {len(entries) - (0 if complete else num_crowds)} objects can be used ({reasons}); {remedy}")
+    warn_skipped(path, skipped | unusable)
     objects.sort(key=itemgetter(0))
-    boxes = np.array([box for _, _, box in objects], np.float64).reshape(-1, 4)
+    boxes = np.array([box for _, _, box, _ in objects], np.float64).reshape(-1, 4)
+    ids: dict[str, Id] = {}
+    for name, key, _ in images:
+        ids.setdefault(name, key)
+    category_ids: dict[str, Id] = {}
+    for name, key, _ in named:
+        category_ids.setdefault(name, key)
     return Annotations(
         file_names=tuple(sizes),
         sizes_px=np.array(list(sizes.values()), np.int64).reshape(-1, 2),
-        images=np.array([image for image, _, _ in objects], np.int64),
+        images=np.array([image for image, _, _, _ in objects], np.int64),
         boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),
-        labels=np.array([label for _, label, _ in objects], np.int64),
+        labels=np.array([label for _, label, _, _ in objects], np.int64),
         categories=tuple(categories),
         num_skipped=sum(map(len, unusable.values())),
+        image_ids=tuple(ids.values()),
+        category_ids=tuple(category_ids.values()),
+        entries=tuple(entry for _, _, _, entry in objects) if complete else (),
     )
 
 
@@ -136,12 +149,12 @@ def read_image_labels(path: Path, content: Any = None) -> ImageLabels:
 
     DataError: no such file, one without image labels, or categories that cannot be told apart.
     """
-    content, skipped = read_json(path) if content is None else content, _Skipped(list)
+    content, skipped = read_json(path) if content is None else content, Skipped(list)
     images = _by_id(_images(path, _entries(path, content, "images"), skipped))
     name_of = _unambiguous((key, name) for name, key, _ in images)
     class_of = _classes(path, content.get("categories"), skipped)
     found: dict[str, str | None] = {}
-    unusable = _Skipped(list)
+    unusable = Skipped(list)
     for position, entry in enumerate(_entries(path, content, "annotations")):
         entry = entry if isinstance(entry, dict) else {}
         name, label = name_of.get(_id(entry, "image_id")), class_of.get(_id(entry, "category_id"))
@@ -162,7 +175,7 @@ def read_image_labels(path: Path, content: Any = None) -> ImageLabels:
     return ImageLabels(labels=labels, classes=classes, num_skipped=sum(map(len, unusable.values())))
 
 
-def _classes(path: Path, listed: Any, skipped: _Skipped) -> Mapping[Id | None, str | None]:
+def _classes(path: Path, listed: Any, skipped: Skipped) -> Mapping[Id | None, str | None]:
     """The name of each category by its id, in the order of the ids; categories without a name bear their id."""
     named: dict[tuple[str, str], list[Id]] = defaultdict(list)  # (name, supercategory) → ids
     for position, entry in enumerate(listed if isinstance(listed, list) else []):
@@ -187,14 +200,18 @@ def _classes(path: Path, listed: Any, skipped: _Skipped) -> Mapping[Id | None, s
 
 def rotate_boxes(boxes: NDArray[Any], *, orientation: int, size_px: tuple[int, int]) -> NDArray[Any]:
     """Boxes [M, 4] xyxy of an image stored as width × height `size_px`, in the frame of the upright one; `orientation`: EXIF's, 1 to 8."""
-    x, y = boxes[:, 0::2], boxes[:, 1::2]
+    corners = rotate_points(boxes.reshape(-1, 2, 2), orientation=orientation, size_px=size_px)
+    return np.concatenate([corners.min(1), corners.max(1)], axis=1)
+
+
+def rotate_points(points: NDArray[Any], *, orientation: int, size_px: tuple[int, int]) -> NDArray[Any]:
+    """Points […, 2], x and y, as `rotate_boxes`."""
+    x, y = points[..., 0], points[..., 1]
     if orientation in (2, 3, 7, 8):
         x = size_px[0] - x
     if orientation in (3, 4, 6, 7):
         y = size_px[1] - y
-    if orientation >= 5:
-        x, y = y, x
-    return np.stack([x.min(1), y.min(1), x.max(1), y.max(1)], axis=1)
+    return np.stack([y, x] if orientation >= 5 else [x, y], axis=-1)
 
 
 def read_json(path: Path, *, remedy: str = _REMEDY) -> Any:
@@ -223,14 +240,14 @@ def _entries(path: Path, content: Any, key: str) -> list[Any]:
     return entries
 
 
-def _images(path: Path, entries: list[Any], skipped: _Skipped) -> list[_Named]:
+def _images(path: Path, entries: list[Any], skipped: Skipped) -> list[_Named]:
     found = list(_named(entries, "images", _file_name, skipped))
     if entries and not found:
         raise DataError(f"{path}: not a COCO-style annotation file (no image has a name and an id); {_REMEDY}")
     return found
 
 
-def _named(entries: list[Any], what: str, name_of: Callable[[dict[str, Any]], Any], skipped: _Skipped) -> Iterator[_Named]:
+def _named(entries: list[Any], what: str, name_of: Callable[[dict[str, Any]], Any], skipped: Skipped) -> Iterator[_Named]:
     seen: set[str] = set()
     for position, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {}
@@ -287,6 +304,7 @@ def _name(entry: dict[str, Any], position: int) -> str:
     return f"id {entry['id']}" if "id" in entry else f"number {position}"
 
 
-def _warn(path: Path, skipped: Mapping[str, list[str]]) -> None:
+def warn_skipped(path: Path, skipped: Mapping[str, list[str]]) -> None:
+    """Count and name what is skipped of a file."""
     for what, names in skipped.items():
         log.warning("%s: %d %s: %s", path, len(names), what, ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else ""))
