@@ -114,6 +114,15 @@ def broadcast_value(value: Any, ranks: Ranks) -> Any:
     return values[0]
 
 
+def gather_values(value: Any, ranks: Ranks) -> list[Any]:
+    """Every rank's value on the first rank, in their order, and nothing on the others; any plain values."""
+    if ranks.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * ranks.world_size
+    dist.gather_object(value, values if ranks.is_main else None)
+    return values if ranks.is_main else []
+
+
 def require_same(values: Mapping[str, Any], ranks: Ranks) -> None:
     """ConfigError where ranks differ, with the first name that does: other shards, tables, recipes or checkpoints on some node."""
     if ranks.world_size == 1:

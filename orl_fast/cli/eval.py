@@ -125,7 +125,8 @@ def _run(
     scores = {key: str(heading) for key, heading in module.SCORES.items() if key in records[0]["values"]}  # options may leave some out
     table = Table("backbone", *scores.values(), title=EVALS[name].rstrip("."), title_justify="left")
     for record in records:
-        table.add_row(record["backbone"], *(f"{100 * record['values'][key]:.1f} %" for key in scores))
+        shares = (record["values"].get(key) for key in scores)
+        table.add_row(record["backbone"], *("–" if share is None else f"{100 * share:.1f} %" for share in shares))
     console, values = Console(highlight=False), records[0]["values"]
     console.print(table)
     others = ", ".join(f"{key} {value:g}" for key, value in values.items() if key not in scores)

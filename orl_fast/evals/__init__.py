@@ -16,6 +16,7 @@ EVALS = {  # modules of this package, a hyphen standing for an underscore, impor
     "voc07": "VOC07 classification: linear SVMs on five feature levels, full or low-shot.",
     "linear": "Linear classifiers on five feature levels (ImageNet, Places205, iNaturalist18).",
     "semi": "Fine-tuning on 1 % or 10 % of the labels (ImageNet).",
+    "detect": "COCO detection and instance segmentation (Mask R-CNN).",
 }
 
 

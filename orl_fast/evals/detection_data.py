@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from orl_fast.coco import Annotations, Skipped, read_annotations, rotate_boxes, warn_skipped
+from orl_fast.coco import Annotations, Id, Skipped, read_annotations, rotate_boxes, warn_skipped
 from orl_fast.console import log, progress
 from orl_fast.distributed import broadcast_value
 from orl_fast.errors import DataError
@@ -25,7 +25,8 @@ from orl_fast.evals.detection_masks import read_mask as _read_mask
 from orl_fast.philox import uniform
 from orl_fast.shards.images import BadImage, decode_rgb, packed_image
 
-_Item, _Value = TypeVar("_Item"), TypeVar("_Value")
+_Item = TypeVar("_Item")
+_Value = TypeVar("_Value")
 _MAX_OUTSIDE = 0.2  # share of the objects that may reach out of their image
 _MAX_MASKLESS = 0.1  # share of the objects that may lack a mask where others have one
 _SLACK_PX = 2.0
@@ -66,6 +67,9 @@ class DetectionData:
         """Without crowds, and without images that have no other object, as Detectron2 trains."""
         kept = ~self.crowds
         return self._of_objects(kept, np.unique(self.images[kept]))
+
+    def without_masks(self) -> "DetectionData":
+        return replace(self, masks=None)
 
     def as_coco(self) -> dict[str, Any]:
         """What is evaluated, as the content of a COCO annotation file; objects are numbered from 1 (0 would never be matched)."""
@@ -111,7 +115,7 @@ def open_detection_data(annotations: Path, images: Path, *, masks: bool, context
     is annotated as stored, its objects are rotated with it.
 
     Raises:
-        DataError: not a COCO-style annotation file; no image or object is left; or boxes or masks are, on the whole, not what they should be.
+        DataError: not a COCO-style annotation file; no image or object is left; boxes or masks are, on the whole, not what they should be.
     """
     found = read_annotations(annotations, complete=True)
     paths = tuple(images / name for name in found.file_names)
@@ -130,8 +134,8 @@ def open_detection_data(annotations: Path, images: Path, *, masks: bool, context
         raise DataError(f"{annotations}: none of its {len(found.images)} objects can be used; give another file")
     if masks and objects[0].mask is None:
         log.warning("%s: no object has a mask", annotations)
-    image_ids = found.image_ids if all(isinstance(key, int) for key in found.image_ids) else range(len(paths))
-    category_ids = found.category_ids if all(isinstance(key, int) for key in found.category_ids) else range(1, len(found.categories) + 1)
+    image_ids = found.image_ids if _numbers(found.image_ids) else range(len(paths))
+    category_ids = found.category_ids if _numbers(found.category_ids) else range(1, len(found.categories) + 1)
     upright = np.array([(0, 0) if isinstance(header, str) else header.upright_px for header in headers], np.int64).reshape(-1, 2)
     num_listed = len(found.images) + found.num_skipped
     whole = DetectionData(
@@ -201,8 +205,8 @@ def load_example(data: DetectionData, image: int, *, short_px: int, max_px: int,
 def batches_of_steps(data: DetectionData, *, num_steps: int, batch_size: int, world_size: int, seed: int) -> NDArray[np.int64]:
     """[num_steps, world_size, batch_size / world_size]: the images of each step and rank.
 
-    All images in random order, another one in each epoch; images that lie and images that stand are collected apart, and a rank's part is complete
-    as soon as one kind fills it, so that little is padded (Detectron2's aspect ratio grouping). A pure function of its arguments.
+    All images in random order, another one in each epoch. Images that lie and images that stand are collected apart; a rank's part is
+    complete as soon as one kind fills it, so that little is padded (Detectron2's aspect ratio grouping). A pure function of its arguments.
     """
     per_rank = batch_size // world_size
     num_needed = num_steps * batch_size + 2 * per_rank
@@ -240,7 +244,7 @@ def training_examples(
     with ThreadPoolExecutor(context.num_threads) as pool:
         loaded = ahead(pool, load, places, depth=2 * per_rank + context.num_threads)
         for step in range(first_step, num_steps):
-            examples = []
+            examples: list[Example] = []
             for image, found in zip(batches[step, context.ranks.rank].tolist(), islice(loaded, per_rank), strict=True):
                 if not isinstance(found, str):
                     examples.append(found)
@@ -265,6 +269,11 @@ def ahead(pool: Executor, function: Callable[[_Item], _Value], items: Iterable[_
     finally:
         for future in waiting:
             future.cancel()
+
+
+def _numbers(ids: Iterable[Id]) -> bool:
+    """Whether ids can stay as they are in results; positions take their place otherwise."""
+    return all(isinstance(key, int) and key >= 0 for key in ids)
 
 
 class _Header(NamedTuple):
@@ -309,9 +318,7 @@ def _header(path: Path) -> _Header | str:
         return "images that cannot be read"
 
 
-def _usable_images(
-    found: Annotations, headers: list[_Header | str], skipped: Skipped
-) -> tuple[NDArray[np.bool_], list[int]]:
+def _usable_images(found: Annotations, headers: list[_Header | str], skipped: Skipped) -> tuple[NDArray[np.bool_], list[int]]:
     """Which images can be used, and how the objects of each are to be rotated (an EXIF orientation, 1 for not at all)."""
     usable, rotations = np.ones(len(headers), np.bool_), []
     for i, (header, annotated) in enumerate(zip(headers, found.sizes_px.tolist(), strict=True)):
@@ -371,7 +378,9 @@ def _objects(
         )
     if with_masks and len(maskless) < len(objects):
         if len(maskless) > _MAX_MASKLESS * len(objects):
-            raise DataError(f"{path}: {len(maskless)} of {len(objects)} objects have no mask that can be used; --no-masks detects boxes alone")
+            raise DataError(
+                f"{path}: {len(maskless)} of {len(objects)} objects have no mask that can be used; --no-masks detects boxes alone"
+            )
         for position in maskless:
             skipped["objects without a mask that can be used"].append(f"of image {found.file_names[objects[position].image]}")
         objects = [each for each in objects if each.mask is not None]

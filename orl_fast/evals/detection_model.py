@@ -79,7 +79,7 @@ def build_detector(
 
     width: channels of the pyramid and of the heads' convolutions; the fully connected layer has four times as many.
     """
-    strides, channels = _levels(backbone, name)
+    strides, channels = pyramid_levels(backbone, name)
     norm = nn.BatchNorm2d
     pyramid = BackboneWithFPN(backbone, {level: str(i) for i, level in enumerate(LEVELS)}, channels, width, norm_layer=norm)
     anchors = _Anchors([*strides, 2 * strides[-1]])
@@ -114,9 +114,27 @@ def build_detector(
     return detector
 
 
+def pyramid_levels(backbone: Backbone, name: str) -> tuple[list[int], list[int]]:
+    """Stride and channels of the four stages of a ResNet. ConfigError for any other backbone."""
+    stages = [getattr(backbone, level, None) for level in LEVELS]
+    if not all(isinstance(stage, nn.Sequential) for stage in stages):
+        raise ConfigError(f"{name}: detection takes ResNets (layer1 … layer4), for example resnet50; this backbone has other parts")
+    sizes: list[torch.Size] = []
+    side_px = 8 * SIZE_DIVISOR
+    handles = [stage.register_forward_hook(lambda _m, _i, features: sizes.append(features.shape)) for stage in stages if stage is not None]
+    training = backbone.training
+    with torch.no_grad():
+        backbone.eval()(torch.zeros(1, 3, side_px, side_px, device=next(backbone.parameters()).device))
+    backbone.train(training)
+    for handle in handles:
+        handle.remove()
+    return [side_px // size[-1] for size in sizes], [size[1] for size in sizes]
+
+
 def parameter_groups(detector: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Batch norm without weight decay, all else with it (Detectron2's WEIGHT_DECAY_NORM = 0)."""
-    norms = {id(value) for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) for value in module.parameters()}
+    layers = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = {id(value) for layer in layers for value in layer.parameters()}
     parameters = list(detector.parameters())
     return [
         {"params": [value for value in parameters if id(value) not in norms], "weight_decay": weight_decay},
@@ -132,7 +150,7 @@ def pad_images(images: Sequence[Tensor]) -> ImageList:
     return ImageList(torch.cat(padded), sizes)
 
 
-class _Anchors(AnchorGenerator):
+class _Anchors(AnchorGenerator):  # type: ignore[misc]
     """Anchors at exact strides, their sides not rounded; torchvision derives strides from the maps' sizes, 61 instead of 64 at 800 px."""
 
     def __init__(self, strides: Sequence[int]) -> None:
@@ -140,7 +158,11 @@ class _Anchors(AnchorGenerator):
         self.strides = strides
 
     def generate_anchors(
-        self, scales: Any, aspect_ratios: Any, dtype: torch.dtype = torch.float32, device: torch.device = torch.device("cpu")  # noqa: B008
+        self,
+        scales: Any,
+        aspect_ratios: Any,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
     ) -> Tensor:
         scale, aspect = torch.tensor(scales, dtype=dtype, device=device), torch.tensor(aspect_ratios, dtype=dtype, device=device)
         widths, heights = (scale / aspect.sqrt()), scale * aspect.sqrt()
@@ -153,7 +175,7 @@ class _Anchors(AnchorGenerator):
         return [anchors] * len(image_list.image_sizes)
 
 
-class _Rpn(RegionProposalNetwork):
+class _Rpn(RegionProposalNetwork):  # type: ignore[misc]
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -167,7 +189,7 @@ class _Rpn(RegionProposalNetwork):
         )
 
 
-class _RoiAlign(MultiScaleRoIAlign):
+class _RoiAlign(MultiScaleRoIAlign):  # type: ignore[misc]
     """RoIAlign of a pyramid with exact strides and aligned pixels; torchvision's is off by half a pixel, and guesses strides from sizes."""
 
     def __init__(self, strides: Sequence[int], output_px: int) -> None:
@@ -193,7 +215,7 @@ class _RoiAlign(MultiScaleRoIAlign):
         return torch.floor(torch.log2(wanted / self.strides[0] + 1e-8)).clamp(0, len(self.strides) - 1)
 
 
-class _Sampler(BalancedPositiveNegativeSampler):
+class _Sampler(BalancedPositiveNegativeSampler):  # type: ignore[misc]
     """Chooses for each image by the image's own seed."""
 
     seeds: Sequence[int] = ()
@@ -204,23 +226,6 @@ class _Sampler(BalancedPositiveNegativeSampler):
             torch.manual_seed(seed)
             chosen.append(super().__call__([labels]))
         return [positive for (positive,), _ in chosen], [negative for _, (negative,) in chosen]
-
-
-def _levels(backbone: Backbone, name: str) -> tuple[list[int], list[int]]:
-    """Stride and channels of the four stages of a ResNet."""
-    stages = [getattr(backbone, level, None) for level in LEVELS]
-    if not all(isinstance(stage, nn.Sequential) for stage in stages):
-        raise ConfigError(f"{name}: detection takes ResNets (layer1 … layer4), for example resnet50; this backbone has other parts")
-    sizes: list[torch.Size] = []
-    side_px = 8 * SIZE_DIVISOR
-    handles = [stage.register_forward_hook(lambda _m, _i, features: sizes.append(features.shape)) for stage in stages if stage is not None]
-    training = backbone.training
-    with torch.no_grad():
-        backbone.eval()(torch.zeros(1, 3, side_px, side_px, device=next(backbone.parameters()).device))
-    backbone.train(training)
-    for handle in handles:
-        handle.remove()
-    return [side_px // size[-1] for size in sizes], [size[1] for size in sizes]
 
 
 def _init_normal(layer: nn.Module, *, std: float) -> None:

@@ -8,7 +8,9 @@ import hotcoco
 STATISTICS = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "APs", "ap_medium": "APm", "ap_large": "APl"}  # hotcoco's names
 
 
-def average_precision(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Literal["bbox", "segm"]) -> dict[str, float]:
+def average_precision(
+    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Literal["bbox", "segm"]
+) -> dict[str, float]:
     """COCO's AP over IoU 0.50 to 0.95, at 0.50, at 0.75, and by area, of at most 100 detections per image; 0 to 1.
 
     Args:

@@ -121,7 +121,7 @@ def open_labelled(path: Path, *, images: Path | None = None) -> Objects:
         content = read_json(path) if path.suffix.lower() == ".json" else None
         if content is None or labels_whole_images(content):
             return _from_list(path, images)
-        return _from_coco(path, images or _images_beside(path), content)
+        return _from_coco(path, images or images_beside(path), content)
     annotations = path.resolve().parent / "annotations" / f"instances_{path.resolve().name}.json"
     if annotations.is_file():
         return _from_coco(annotations, images or path)
@@ -130,7 +130,7 @@ def open_labelled(path: Path, *, images: Path | None = None) -> Objects:
         if len(found) != 1:
             names = ", ".join(entry.name for entry in found) or "none"
             raise DataError(f"{path}: one annotation file is needed, found {names}; name one with --annotations")
-        return _from_coco(found[0], images or _images_beside(found[0]))
+        return _from_coco(found[0], images or images_beside(found[0]))
     return _from_folders(path)
 
 
@@ -266,7 +266,8 @@ def _digest(path: Path) -> bytes:
         return os.fsencode(path)
 
 
-def _images_beside(annotations: Path) -> Path:
+def images_beside(annotations: Path) -> Path:
+    """The folder of an annotation file's images, by its name and place; the file's own folder where there is none."""
     split = annotations.stem.removeprefix("instances_")
     root = annotations.parent.parent
     candidates = (root / split, root / "images" / split, annotations.parent / "images")
