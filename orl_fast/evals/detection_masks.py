@@ -3,9 +3,9 @@
 from typing import Any
 
 import numpy as np
+from hotcoco import mask as rle
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as rle
 
 from orl_fast.coco import rotate_points
 
@@ -88,7 +88,7 @@ def _run_lengths(value: RunLengths, size_px: tuple[int, int]) -> RunLengths | No
         lengths = _lengths(counts) if isinstance(counts, str) else [int(length) for length in counts]  # type: ignore[union-attr]
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
-    # pycocotools does not check the sum, and gives memory that nothing was written to for the rest.
+    # The decoder does not miss what is missing at the end.
     if size != [height, width] or min(lengths, default=-1) < 0 or sum(lengths) != width * height:
         return None
     encoded = rle.frPyObjects({"size": size, "counts": lengths}, height, width)
