@@ -202,8 +202,9 @@ def _train(
 
     def step(number: int) -> Mapping[str, Tensor]:
         batch = [to_device(example, device) for example in next(examples)]
+        lr = learning_rate(number, peak=peak, num_steps=options.schedule, num_warmup=num_warmup)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(number, peak=peak, num_steps=options.schedule, num_warmup=num_warmup)
+            group["lr"] = lr
         # Keyed by the step and the place in the global batch, like all randomness here.
         first = (options.seed << 32) + number * options.batch_size + ranks.rank * per_rank
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
