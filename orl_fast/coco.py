@@ -170,7 +170,7 @@ def read_image_labels(path: Path, content: Any = None) -> ImageLabels:
     if not labels:
         reasons = "; ".join(f"{len(names)} {what}" for what, names in unusable.items()) or "it has no annotations"
         raise DataError(f"{path}: labels none of its {len(images)} images ({reasons}); give another file")
-    _warn(path, skipped | unusable)
+    warn_skipped(path, skipped | unusable)
     classes = tuple(dict.fromkeys(label for label in class_of.values() if label is not None))
     return ImageLabels(labels=labels, classes=classes, num_skipped=sum(map(len, unusable.values())))
 
