@@ -64,7 +64,7 @@ def _as_text(results: "Results") -> str:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number in (0, *range(start, stop)):
             justify: Literal["left", "right"] = "left" if whole[number] else "right"
-            table.add_column(columns[number][0], justify=justify, vertical="bottom", min_width=widths[number] - 2, no_wrap=whole[number])
+            table.add_column(columns[number][0], justify=justify, vertical="bottom", width=widths[number] - 2, no_wrap=whole[number])
         for line in range(1, len(rows) + 1):
             table.add_row(*(columns[number][line] for number in (0, *range(start, stop))))
         console.print(table)

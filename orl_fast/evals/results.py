@@ -5,9 +5,9 @@ import importlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from orl_fast.console import log
 from orl_fast.errors import DataError, MissingStageError
@@ -24,23 +24,28 @@ class Column:
     heading: str
     eval: str
     key: str  # of the record's values
-    dataset: str = ""  # "" where the evaluation has but one
+    dataset: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)  # of the paper's data set, among the record's values
 
     @property
     def identity(self) -> tuple[str, str, str]:
         return (self.eval, self.key, self.dataset)
 
 
+def _top1(evaluation: str, heading: str, **counts: int) -> Column:
+    return Column(heading=f"{heading} top-1", eval=evaluation, key="top1", dataset=heading, counts=counts)
+
+
 # Of ORL's Tables 1 to 4, in their order.
 PAPER_COLUMNS = (
-    Column(heading="VOC07 SVM mAP", eval="voc07", key="map"),
-    Column(heading="ImageNet linear top-1", eval="linear", key="top1", dataset="imagenet"),
-    Column(heading="Places205 linear top-1", eval="linear", key="top1", dataset="places205"),
-    Column(heading="iNat18 linear top-1", eval="linear", key="top1", dataset="inat18"),
-    Column(heading="ImageNet 1 % top-1", eval="semi", key="top1", dataset="1%"),
-    Column(heading="ImageNet 10 % top-1", eval="semi", key="top1", dataset="10%"),
-    Column(heading="COCO box AP", eval="detect", key="box_ap"),
-    Column(heading="COCO mask AP", eval="detect", key="mask_ap"),
+    Column(heading="VOC07 SVM mAP", eval="voc07", key="map", counts={"num_classes": 20, "num_test": 4952}),
+    _top1("linear", "ImageNet linear", num_classes=1000, num_val=50_000),
+    _top1("linear", "Places205 linear", num_classes=205, num_val=20_500),
+    _top1("linear", "iNat18 linear", num_classes=8142, num_val=24_426),
+    _top1("semi", "ImageNet 1 %", num_classes=1000, num_train=12_811),
+    _top1("semi", "ImageNet 10 %", num_classes=1000, num_train=128_116),
+    Column(heading="COCO box AP", eval="detect", key="box_ap", counts={"num_classes": 80, "num_test_images": 5000}),
+    Column(heading="COCO mask AP", eval="detect", key="mask_ap", counts={"num_classes": 80, "num_test_images": 5000}),
 )
 # In percent, in the order of the columns; None: not at hand. ResNet-50, 800 epochs.
 PAPER_ROWS: Mapping[str, Sequence[float | None]] = {
@@ -108,18 +113,11 @@ def collect(records: Sequence[Mapping[str, Any]], *, paper: bool = True, every: 
     for record in sorted(records, key=lambda record: str(record.get("time", ""))):
         row = rows.setdefault((str(record["folder"]), str(record["encoder"])), {"values": {}, "notes": {}})
         row["record"] = record
-        headings = _scores(record["eval"])
-        dataset = _dataset(record)
-        for number, (key, heading) in enumerate(headings.items()):
-            value, identity = record["values"].get(key), (record["eval"], key, dataset)
-            if not isinstance(value, int | float) or not (every or number == 0 or identity in columns):
-                continue
-            if identity not in columns:
-                name = heading if record["eval"] in heading.lower() else f"{record['eval']} {heading}"
-                name += f" ({dataset})" if dataset else ""
-                columns[identity] = Column(heading=name, eval=record["eval"], key=key, dataset=dataset)
-            row["values"][identity] = float(value)
-            row["notes"][identity] = _departures(record)
+        for number, (key, heading) in enumerate(_scores(record["eval"]).items()):
+            value, column = record["values"].get(key), _column(record, key, heading)
+            if isinstance(value, int | float) and (every or number == 0 or column in PAPER_COLUMNS):
+                identity = columns.setdefault(column.identity, column).identity
+                row["values"][identity], row["notes"][identity] = float(value), _departures(record)
     found = [
         Row(name=_name(row["record"]), values=row["values"], notes={key: note for key, note in row["notes"].items() if note},
             architecture=str(row["record"].get("architecture", "")), epochs=_training(row["record"]))
@@ -189,28 +187,31 @@ def _scores(name: str) -> Mapping[str, str]:
     return {str(key): str(heading) for key, heading in module.SCORES.items()} if module else {}
 
 
-def _dataset(record: Mapping[str, Any]) -> str:
-    """What the evaluation calls the data set, else the last part of its path; the evaluations with one data set need none."""
-    named = record["values"].get("dataset") or (record.get("options") or {}).get("dataset")
-    if named:
-        return str(named)
-    if any(column.eval == record["eval"] and not column.dataset for column in PAPER_COLUMNS):
-        return ""
-    return Path(str(record.get("data", ""))).name
+def _column(record: Mapping[str, Any], key: str, heading: str) -> Column:
+    """The paper's, where the data are as many as the paper's (within a hundredth); else one of the data set's own, by its folder's name."""
+    values, options = record["values"], record.get("options") or {}
+    few = bool(options.get("low_shot"))
+    for column in PAPER_COLUMNS:
+        alike = (abs(values.get(name, 0) - count) <= count / 100 for name, count in column.counts.items())
+        if (column.eval, column.key) == (record["eval"], key) and not few and all(alike):
+            return column
+    labels = [Path(str(options["label_list"])).stem] if options.get("label_list") else []
+    dataset = ", ".join([Path(str(record.get("data", ""))).name, *(["low-shot"] if few else []), *labels])
+    name = heading if record["eval"] in heading.lower() else f"{record['eval']} {heading}"
+    return Column(heading=f"{name} ({dataset})", eval=record["eval"], key=key, dataset=dataset)
 
 
 def _departures(record: Mapping[str, Any]) -> str:
-    """The options that are not the defaults, but for paths and what is part of the column."""
+    """The options that are not the defaults, but for paths and switches that are part of the column."""
     module = _module(record["eval"])
     if module is None:
         return ""
     told = []
     for name, value in (record.get("options") or {}).items():
-        field = module.Options.model_fields.get(name)
-        if field is None or name == "dataset" or value is None or (isinstance(value, str) and "/" in value):
+        known = module.Options.model_fields.get(name)
+        if known is None or value is None or name in ("dataset", "low_shot") or Path in (known.annotation, *get_args(known.annotation)):
             continue
-        default = field.get_default(call_default_factory=True) if not field.is_required() else None
-        if value != default:
+        if value != (None if known.is_required() else known.get_default(call_default_factory=True)):
             told.append(f"{name.replace('_', ' ')} {value}")
     return ", ".join(told)
 

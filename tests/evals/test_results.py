@@ -72,6 +72,24 @@ def test_the_papers_rows_stand_above(tmp_path: Path) -> None:
     assert len(lines) == 2 + len(PAPER_ROWS) + 1
 
 
+def test_only_data_of_the_papers_size_is_put_into_its_columns(tmp_path: Path) -> None:
+    whole = {"map": 0.5, "num_classes": 20, "num_test": 4951}
+    voc = {"eval": "voc07", "data": "data/VOCdevkit"}
+    _write(
+        tmp_path,
+        _record(**voc, values=whole),
+        _record(**voc, values=whole | {"map": 0.25}, options={"low_shot": True}),
+        _record(**voc, values=whole | {"map": 0.75, "num_test": 50}),
+        _record(eval="semi", data="in1k", values={"top1": 0.5, "num_classes": 1000, "num_train": 12811}, options={"label_list": "a/1.txt"}),
+        _record(eval="semi", data="in1k", values={"top1": 0.25, "num_classes": 100, "num_train": 50}, options={"label_list": "half.txt"}),
+    )
+    table = list(csv.reader(as_csv(collect(read_records([tmp_path]), paper=False)).splitlines()))
+    assert dict(zip(table[0][3:], table[1][3:], strict=True)) == {
+        "VOC07 SVM mAP": "50.0", "ImageNet 1 % top-1": "50.0", "voc07 mAP (VOCdevkit)": "75.0", "voc07 mAP (VOCdevkit, low-shot)": "25.0",
+        "semi top-1 (in1k, half)": "25.0",
+    }  # fmt: skip
+
+
 def test_damaged_lines_are_skipped_and_folders_without_records_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _write(tmp_path / "a", "{", "[1]", '{"eval": "knn"}', _record())
     assert len(read_records([tmp_path / "a", tmp_path])) == 1
