@@ -66,7 +66,9 @@ def _as_text(results: "Results") -> str:
             justify: Literal["left", "right"] = "left" if whole[number] else "right"
             table.add_column(columns[number][0], justify=justify, vertical="bottom", width=widths[number] - 2, no_wrap=whole[number])
         for line in range(1, len(rows) + 1):
-            table.add_row(*(columns[number][line] for number in (0, *range(start, stop))))
+            cells_shown = [columns[number][line] for number in range(start, stop)]
+            if start == 1 or any(cells_shown):
+                table.add_row(columns[0][line], *cells_shown)
         console.print(table)
         start = stop
     for note in notes:
