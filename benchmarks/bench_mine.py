@@ -3,11 +3,15 @@
 The reference takes one query at a time: filter its boxes and those of its ten neighbors in Python, crop and resize with PIL, encode image
 by image, compare. So every image is decoded, cropped and encoded about eleven times. Proposals have their own benchmark. Both are
 extrapolated to COCO train2017, and the arithmetic stands in the names of the rows.
+
+A second group asks whether RoI features wait for their views: what the encoder alone takes, and what rendering RoIs alone does.
 """
 
 import itertools
 import shutil
 import tempfile
+import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +26,7 @@ from benchmarks.bench_filter import reference_filter
 from benchmarks.harness import Contender, Row, compare
 from benchmarks.photographs import load_jpegs
 from benchmarks.untrained import write_untrained
-from orl_fast.config import Config
+from orl_fast.config import Config, LoaderConfig
 from orl_fast.cores import num_cores
 from orl_fast.mining.executor import Executor
 from orl_fast.mining.pipeline import Stage
@@ -31,7 +35,11 @@ from orl_fast.models import Encoder
 from orl_fast.recipe import load_config
 from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.shards.images import decode_rgb
-from orl_fast.tables import NeighborTable
+from orl_fast.shards.pixels import write_pixels
+from orl_fast.tables import BoxTable, NeighborTable
+from orl_fast.views.choose import open_renderer, open_source
+from orl_fast.views.normalize import normalize
+from orl_fast.views.plan import roi_crops
 
 COCO = 118_287
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -63,8 +71,44 @@ def run(source: Path | None, *, quick: bool) -> list[Row]:
             Contender(name="orl-fast mine, after proposals", run=ours),
         ]
         group = f"pairs of {len(stage.index)} pictures, {config.model.backbone}, {device.type}, {num_cores()} cores"
-        rows = compare(contenders, unit="images/s", rounds=3 if quick else 5, group=group)
-    return [_extrapolated(row) for row in rows]
+        rows = [_extrapolated(row) for row in compare(contenders, unit="images/s", rounds=3 if quick else 5, group=group)]
+        group = (
+            f"RoI features at {config.mining.roi_size_px} px, {config.model.backbone}, {device.type}, CPU time of one core for the views"
+        )
+        return rows + compare(_roi_features(stage, config), unit="RoIs/s", rounds=3 if quick else 5, group=group, clock=time.process_time)
+
+
+def _roi_features(stage: Stage, config: Config) -> list[Contender]:
+    """The encoder alone, and rendering alone, from JPEGs and from pixel shards. On a GPU the encoder's time is its own."""
+    index, rois, device = stage.index, BoxTable.open(stage.folder / "rois"), stage.executor.device
+    write_pixels(index, num_workers=1)
+    encoder, size_px, batch_size = stage.encoder.to(device), config.mining.roi_size_px, config.mining.encode_batch
+    batch = torch.randint(0, 256, (min(batch_size, 16 if device.type == "cpu" else batch_size), 3, size_px, size_px), dtype=torch.uint8)
+    batch = batch.to(device, memory_format=torch.channels_last)
+
+    def encoding() -> float:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            encoder.pooled(normalize(batch)).cpu()
+        return len(batch)
+
+    def rendering(loader: LoaderConfig) -> float:
+        torch.set_num_threads(1)
+        rows = np.repeat(np.arange(len(index)), rois.counts)
+        with (
+            closing(open_source(index, loader)) as source,
+            closing(open_renderer("cpu", source, loader, device=torch.device("cpu"), num_threads=1)) as renderer,
+        ):
+            for image in range(len(index)):  # all RoIs of an image in one plan: it is decoded once
+                boxes = rois.of(image)
+                normalize(renderer.render(roi_crops(np.full(len(boxes), image), boxes, size_px=size_px)).views["view"])
+        return len(rows)
+
+    return [
+        Contender(name="the encoder alone", run=encoding),
+        Contender(name="rendering and normalizing alone, JPEGs", run=lambda: rendering(LoaderConfig(pixels="never"))),
+        Contender(name="rendering and normalizing alone, pixel shards", run=lambda: rendering(LoaderConfig(pixels="always"))),
+    ]
 
 
 def _extrapolated(row: Row) -> Row:
