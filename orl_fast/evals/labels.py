@@ -173,7 +173,7 @@ def with_test(train: Objects, test: Objects) -> tuple[Objects, Objects]:
 
 def _from_folders(root: Path) -> Objects:
     if (root / "JPEGImages").is_dir():
-        raise DataError(f"{root}: is in PASCAL VOC's layout, which has no class folders; give its objects as a COCO-style annotation file")
+        raise DataError(f"{root}: is in PASCAL VOC's layout, which has no class folders; use orl-fast eval voc07")
     names = sorted((image.file_name for image in _listed(root)), key=lambda name: name.split("/"))
     found = [(name, label) for name, label in zip(names, folder_classes(names, root=root), strict=True) if label is not None]
     classes = sorted({label for _, label in found})

@@ -19,6 +19,7 @@ NUM_CLASSES = 20
 SPLITS = ("trainval", "test")
 _NAMED = 3  # of many, in messages
 _MAX_DEPTH = 3  # of the VOC folder below the one given
+_OTHER_YEARS = re.compile(r"VOC20\d\d")  # names of folders
 _LATER_YEARS = re.compile(r"20(0[89]|1\d)_\d{6}")  # names of their images; those of 2007 are numbers
 _LOOKED_FOR = (
     f"a folder with JPEGImages/ and ImageSets/Main/ (CLASS_trainval.txt and CLASS_test.txt), named {YEAR}: give it, VOCdevkit, or the "
@@ -32,7 +33,7 @@ class Split:
 
     paths: tuple[Path, ...]
     labels: NDArray[np.int8]  # [N, C] 1: present; -1: absent; 0: difficult, that is present in objects marked as difficult only
-    num_missing: int  # listed images without a file or without annotations, left out
+    num_missing: int  # listed images without a file or without labels, left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,14 @@ def read_voc(data: Path) -> VocData:
     """
     folders = _voc_folders(data)
     labelled = {split: _labels(folders, split, data) for split in SPLITS}
+    num_unlabelled = {split: _count_unlabelled(folders, split, labelled[split]) for split in SPLITS}
     names = sorted({name for entries in labelled.values() for labels in entries.values() for name in labels})
     shared = sorted(labelled["trainval"].keys() & labelled["test"].keys())
     if shared:
         raise DataError(f"{data}: {len(shared)} images are in both trainval and test ({_some(shared)}); give disjoint splits")
     if len(names) != NUM_CLASSES:
         log.info("%s: %d classes; %s has %d", data, len(names), YEAR, NUM_CLASSES)
-    trainval, test = (_split(folders, split, labelled[split], names) for split in SPLITS)
+    trainval, test = (_split(folders, split, labelled[split], names, num_unlabelled[split]) for split in SPLITS)
     _compare(trainval, test)
     return VocData(classes=tuple(names), trainval=trainval, test=test)
 
@@ -74,10 +76,9 @@ def _voc_folders(data: Path) -> list[Path]:
     """The VOC folders at or below the one given, those of other years left out."""
     if not data.is_dir():
         raise DataError(f"{data}: no such folder; looked for {_LOOKED_FOR}")
-    found = list(_walk(data.resolve(), _MAX_DEPTH))
-    right = [folder for folder in found if folder.name == YEAR] or [
-        folder for folder in found if not re.fullmatch(r"VOC20\d\d", folder.name)
-    ]
+    found = list({folder.resolve(): folder for folder in _walk(data.resolve(), _MAX_DEPTH)}.values())  # links may lead to one twice
+    right = [folder for folder in found if folder.name.startswith(YEAR)]
+    right = right or [folder for folder in found if not _OTHER_YEARS.match(folder.name)]
     if not right and found:
         years = _some([folder.name for folder in found])
         raise DataError(f"{data}: holds {years}; this is the protocol of {YEAR}, whose test labels are public; looked for {_LOOKED_FOR}")
@@ -89,16 +90,16 @@ def _voc_folders(data: Path) -> list[Path]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    if (folder / "ImageSets" / "Main").is_dir():
-        yield folder
-    elif depth:
-        try:
+    entries: list[Path] = []
+    try:
+        if (folder / "ImageSets" / "Main").is_dir():
+            yield folder
+        elif depth:
             entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "@")) and entry.is_dir())
-        except OSError as error:
-            log.warning("%s: not searched for %s (%s)", folder, YEAR, error.strerror)
-            return
-        for entry in entries:
-            yield from _walk(entry, depth - 1)
+    except OSError as error:
+        log.warning("%s: not searched for %s (%s)", folder, YEAR, error.strerror)
+    for entry in entries:
+        yield from _walk(entry, depth - 1)
 
 
 def _labels(folders: Sequence[Path], split: str, data: Path) -> dict[str, dict[str, int]]:
@@ -120,6 +121,18 @@ def _labels(folders: Sequence[Path], split: str, data: Path) -> dict[str, dict[s
     if all(_LATER_YEARS.fullmatch(name) for name in found):
         raise DataError(f"{having[0]}: {split} lists images of a later year ({_some(sorted(found))}); this is the protocol of {YEAR}")
     return found
+
+
+def _count_unlabelled(folders: Sequence[Path], split: str, labels: dict[str, dict[str, int]]) -> int:
+    """How many images of SPLIT.txt have no label of any class."""
+    unlabelled = sorted({name for folder in folders for name in _listed(folder, split)} - labels.keys())
+    _warn(unlabelled, f"%d images of {split}.txt without labels, skipped")
+    return len(unlabelled)
+
+
+def _listed(folder: Path, split: str) -> list[str]:
+    file = _list_file(folder, split)
+    return [line.split()[0] for line in _text(file).splitlines() if line.strip()] if file.is_file() else []
 
 
 def _list_file(folder: Path, split: str) -> Path:
@@ -159,10 +172,9 @@ def _from_class_files(files: dict[str, Path]) -> dict[str, dict[str, int]]:
 
 
 def _from_annotations(folder: Path, split: str) -> dict[str, dict[str, int]]:
-    """From Annotations/*.xml; empty for an image whose file is missing or damaged."""
+    """From Annotations/*.xml, without images whose file is missing or damaged."""
     found: dict[str, dict[str, int]] = {}
-    damaged = []
-    for image in dict.fromkeys(line.split()[0] for line in _text(_list_file(folder, split)).splitlines() if line.strip()):
+    for image in dict.fromkeys(_listed(folder, split)):
         labels: dict[str, int] = {}
         try:
             for entry in ElementTree.fromstring((folder / "Annotations" / f"{image}.xml").read_bytes()).iter("object"):
@@ -171,15 +183,13 @@ def _from_annotations(folder: Path, split: str) -> dict[str, dict[str, int]]:
                 if name:
                     labels[name] = max(labels.get(name, 0), 0 if difficult else 1)
         except (OSError, ElementTree.ParseError, ValueError):
-            damaged.append(image)
             continue
         found[image] = labels
-    _warn(damaged, f"{folder / 'Annotations'}: %d images of {split} without a readable annotation file, skipped")
     log.info("%s: no CLASS_%s.txt; the labels of %d images come from Annotations", folder, split, len(found))
     return found
 
 
-def _split(folders: Sequence[Path], split: str, labels: dict[str, dict[str, int]], classes: Sequence[str]) -> Split:
+def _split(folders: Sequence[Path], split: str, labels: dict[str, dict[str, int]], classes: Sequence[str], num_unlabelled: int) -> Split:
     """The images that have a file, in any of the folders."""
     paths = {name: _image(folders, name) for name in sorted(labels)}
     missing = [name for name, path in paths.items() if path is None]
@@ -188,7 +198,8 @@ def _split(folders: Sequence[Path], split: str, labels: dict[str, dict[str, int]
     if not there:
         raise DataError(f"{folders[0]}: none of the {len(paths)} images of {split} is in JPEGImages ({_some(missing)}); unpack the images")
     values = [[labels[name].get(each, -1) for each in classes] for name in there]
-    return Split(paths=tuple(there.values()), labels=np.array(values, np.int8).reshape(len(there), -1), num_missing=len(missing))
+    array = np.array(values, np.int8).reshape(len(there), -1)
+    return Split(paths=tuple(there.values()), labels=array, num_missing=len(missing) + num_unlabelled)
 
 
 def _image(folders: Sequence[Path], name: str) -> Path | None:

@@ -53,8 +53,9 @@ def test_annotations_mean_the_same(voc: Path, warnings: pytest.LogCaptureFixture
     assert "come from Annotations" in warnings.text
     (voc / "Annotations" / "000003.xml").write_text("<annotation><object>")
     (voc / "Annotations" / "000007.xml").unlink()
-    assert len(read_voc(voc).trainval.paths) == 22
-    assert "2 images of trainval without a readable annotation file, skipped: 000003, 000007" in warnings.text
+    found = read_voc(voc).trainval
+    assert (len(found.paths), found.num_missing) == (22, 2)
+    assert "2 images of trainval.txt without labels, skipped: 000003, 000007" in warnings.text
 
 
 def test_trainval_and_test_in_different_devkits(tmp_path: Path) -> None:
@@ -64,6 +65,8 @@ def test_trainval_and_test_in_different_devkits(tmp_path: Path) -> None:
         draw_images(root, drawn_labels(split, num))
     found = read_voc(tmp_path)
     assert (len(found.trainval.paths), len(found.test.paths)) == (8, 6)
+    (tmp_path / "link").symlink_to(tmp_path / "VOCtest_06-Nov-2007")
+    assert len(read_voc(tmp_path).test.paths) == 6
     shutil.copytree(tmp_path / "VOCtest_06-Nov-2007", tmp_path / "copy")
     with pytest.raises(DataError, match="test is there 2 times"):
         read_voc(tmp_path)
