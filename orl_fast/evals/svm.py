@@ -6,7 +6,6 @@ task alone, whatever the number of workers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +159,6 @@ def best_cost(costs: Sequence[float], scores: Sequence[float]) -> float:
     return costs[int(np.argmax(np.where(np.isnan(scores), -np.inf, scores)))]
 
 
-@lru_cache(maxsize=2)
 def _mapped(path: Path) -> NDArray[np.float64]:
     return np.asarray(np.load(path, mmap_mode="r"))  # a plain view: subclasses slow indexing down
 

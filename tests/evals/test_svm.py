@@ -78,6 +78,16 @@ def test_low_shot_fits_see_their_rows_alone(problem: tuple[Basis, list[NDArray[n
     assert alone["validation"] == [None]
 
 
+def test_features_of_another_backbone_in_the_same_place_are_read_anew(tmp_path: Path) -> None:
+    basis = Basis(train=tmp_path / "train.npy", test=tmp_path / "test.npy")
+    found = []
+    for seed in (0, 1, 0):
+        values, _ = _features(60, 30, seed)
+        write_basis(values, values[:10], basis)
+        found.append(svm.cross_validate(CrossValidation(key="", basis=basis, labels=_features(60, 30, 0)[1], cost=1.0))["ap"])
+    assert found[0] == found[2] != found[1]
+
+
 def test_rows_are_divided_by_their_norm_and_a_little() -> None:
     values = np.array([[3, 4], [0, 0]], np.float32)
     assert normalized(values).tolist() == [[3 / 5.00001, 4 / 5.00001], [0, 0]]
