@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ class Options(Section):
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="Of convolutions; boxes are computed in fp32.")
     masks: bool = Field(default=True, description="Detect masks too, or boxes alone (Faster R-CNN).")
     width: int = Field(default=256, ge=1, description="Channels of pyramid and heads.")
-    rois_per_image: int = Field(default=512, ge=1, description="RoIs per image that the heads are trained on.")
+    rois_per_image: int = Field(default=512, ge=4, description="RoIs per image that the heads are trained on.")
     seed: int = Field(default=0, ge=0, lt=2**31, description="Of the heads' initialization and all random choices.")
     train_annotations: Path | None = Field(default=None, description="Annotation file to train on [default: DATA's].")
     train_images: Path | None = Field(default=None, description="Folder of its images [default: the one named like it].")
@@ -100,7 +101,8 @@ def run(encoder: Encoder, data: Path, options: Options, context: Context) -> dic
     pyramid_levels(encoder.backbone, encoder.name)
     if options.batch_size % ranks.world_size:
         raise ConfigError(f"--batch-size {options.batch_size}: cannot be divided among {ranks.world_size} ranks; use a multiple of that")
-    train, val = open_data(data, options, context)
+    with nullcontext() if ranks.is_main else _errors_alone():  # every rank reads the same
+        train, val = open_data(data, options, context)
     _check_same_data((train, val), context)
     torch.manual_seed(options.seed)
     detector = build_detector(
@@ -302,6 +304,16 @@ def _part(data: Path, part: str, annotations: Path | None, images: Path | None) 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name that of the images of {annotations.name} with --{part}-images")
     return annotations, folder
+
+
+@contextmanager
+def _errors_alone() -> Iterator[None]:
+    level = log.level
+    log.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _check_parts(train: DetectionData, val: DetectionData) -> None:

@@ -30,6 +30,7 @@ _Value = TypeVar("_Value")
 _MAX_OUTSIDE = 0.2  # share of the objects that may reach out of their image
 _MAX_MASKLESS = 0.1  # share of the objects that may lack a mask where others have one
 _SLACK_PX = 2.0
+_MIN_SIDE_PX = 0.01  # of objects to train on: sides are divided by, and their logarithms are learned
 _HEADERS_AT_ONCE = 256
 _STREAM = 20  # of the random draws; views have 1 to 15
 
@@ -64,9 +65,13 @@ class DetectionData:
         return self._of_objects(np.isin(self.images, chosen), chosen)
 
     def for_training(self) -> "DetectionData":
-        """Without crowds, and without images that have no other object, as Detectron2 trains."""
-        kept = ~self.crowds
-        return self._of_objects(kept, np.unique(self.images[kept]))
+        """Without crowds, and without images that have no other object, as Detectron2 trains; and without objects of no visible width."""
+        inside = np.clip(self.boxes, 0, np.tile(self.sizes_px[self.images], 2))
+        thin = ~self.crowds & ((inside[:, 2:] - inside[:, :2]).min(axis=1, initial=np.inf) < _MIN_SIDE_PX)
+        if num_thin := int(thin.sum()):
+            log.warning("%s: %d objects are less than %g px wide or high: not trained on", self.annotations, num_thin, _MIN_SIDE_PX)
+        kept = ~self.crowds & ~thin
+        return replace(self._of_objects(kept, np.unique(self.images[kept])), num_skipped_objects=self.num_skipped_objects + num_thin)
 
     def without_masks(self) -> "DetectionData":
         return replace(self, masks=None)

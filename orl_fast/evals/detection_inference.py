@@ -1,8 +1,9 @@
 """Detecting in images: each on one rank, its detections in COCO's format."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,9 @@ def detect(
         to_px = (int(data.sizes_px[image, 0]), int(data.sizes_px[image, 1]))
         return found_objects(detected, image_id=int(data.image_ids[image]), category_ids=category_ids, from_px=from_px, to_px=to_px)
 
-    with ThreadPoolExecutor(context.num_threads) as pool, progress("testing", total=len(own), unit="images") as advance:
+    silent: Callable[[int], None] = lambda count: None  # noqa: E731
+    bar = progress("testing", total=len(own), unit="images") if ranks.is_main else nullcontext(silent)
+    with ThreadPoolExecutor(context.num_threads) as pool, bar as advance:
         for objects in ahead(pool, draw, detections(pool), depth=_FOUND_AT_ONCE + context.num_threads):
             found += objects
             advance(1)

@@ -202,11 +202,11 @@ class _RoiAlign(MultiScaleRoIAlign):  # type: ignore[misc]
         number = torch.repeat_interleave(torch.tensor([len(each) for each in boxes], device=maps[0].device))
         rois = torch.cat([number[:, None].float(), torch.cat(boxes).float()], dim=1)  # [R, 5]
         levels = self.levels(rois[:, 1:])
-        pooled = maps[0].new_zeros(len(rois), maps[0].shape[1], *self.output_size)
+        pooled = torch.zeros(len(rois), maps[0].shape[1], *self.output_size, device=rois.device)
         for level, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.where(levels == level)[0]
-            aligned = roi_align(features, rois[chosen].to(features.dtype), self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
-            pooled = pooled.index_put((chosen,), aligned.to(pooled.dtype))
+            aligned = roi_align(features.float(), rois[chosen], self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
+            pooled = pooled.index_put((chosen,), aligned)
         return pooled
 
     def levels(self, rois: Tensor) -> Tensor:

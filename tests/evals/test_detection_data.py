@@ -177,6 +177,13 @@ def test_crowds_are_kept_for_testing_and_dropped_for_training(opened: Any) -> No
     assert len(train.masks) == 9
 
 
+def test_objects_without_visible_width_are_tested_and_not_trained_on(opened: Any, messages: pytest.LogCaptureFixture) -> None:
+    data = opened(lambda c: _first(c, bbox=[79.999, 4, 30, 9], segmentation=[[79, 4, 80, 4, 80, 13]]))
+    train = data.for_training()
+    assert (len(data.images), len(train.images), train.num_skipped_objects) == (12, 11, 1)
+    assert "1 objects are less than 0.01 px wide or high" in messages.text
+
+
 def test_areas_that_are_missing_are_those_of_the_masks(opened: Any) -> None:
     data = opened(lambda c: [each.update(area=None) for each in c["annotations"]])
     assert data.areas == pytest.approx(opened().areas, rel=0.2)
@@ -213,6 +220,25 @@ def test_image_boxes_and_masks_are_resized_and_flipped_together(opened: Any, sho
             assert isinstance(example, Example)
             assert example.image.shape == (3, short_px, short_px * 80 // 48)
             _shows_its_objects(example)
+
+
+def test_images_that_are_no_plain_jpegs_are_decoded_as_they_are_packed(opened: Any, drawn: Any) -> None:
+    root, _ = drawn
+    with Image.open(root / "val2017" / "000000.jpg") as image:
+        image.convert("RGBA").save(root / "val2017" / "alpha.png")
+        image.convert("CMYK").save(root / "val2017" / "cmyk.jpg", quality=95)
+
+    def renamed(content: Any) -> None:
+        content["images"][0]["file_name"] = "alpha.png"
+        content["images"].append(content["images"][0] | {"id": 900, "file_name": "cmyk.jpg"})
+        content["annotations"] += [each | {"image_id": 900} for each in content["annotations"][:2]]
+
+    data = opened(renamed)
+    assert data.plain.tolist() == [False, *[True] * 5, False]
+    for image in (0, 6):
+        example = load_example(data, image, short_px=48, max_px=1000)
+        assert isinstance(example, Example)
+        _shows_its_objects(example)
 
 
 def _as_run_lengths(content: Any) -> None:
