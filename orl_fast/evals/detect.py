@@ -209,17 +209,23 @@ def _train(
             group["lr"] = lr
         # Keyed by the step and the place in the global batch, like all randomness here.
         first = (options.seed << 32) + number * options.batch_size + ranks.rank * per_rank
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            losses: dict[str, Tensor] = model(batch, range(first, first + len(batch)))
-        loss = torch.stack(list(losses.values())).sum()
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                losses: dict[str, Tensor] = model(batch, range(first, first + len(batch)))
+            loss = torch.stack(list(losses.values())).sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"iteration {number}: {len(batch)} images a step do not fit into the GPU's memory; use more GPUs, --precision bf16, or a "
+                "smaller --batch-size (the lr follows) with a longer --schedule"
+            ) from error
         if not torch.isfinite(loss):
             shown = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
             raise DataError(
                 f"iteration {number}: the loss is not finite ({shown}), so training stops; use a lower --lr than {peak:g}, or a longer "
                 f"--warmup than {num_warmup}"
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return {"loss": loss, **losses}
 
@@ -236,6 +242,8 @@ def _test(detector: Detector, train: DetectionData, val: DetectionData, options:
     if context.ranks.is_main:
         unreadable = sorted(image for _, theirs in gathered for image in theirs)
         tested = val.of_images(np.setdiff1d(np.arange(len(val.paths)), unreadable))
+        if tested.crowds.all():
+            raise DataError(f"{val.annotations}: no image that has objects can be decoded; give other test data")
         values = _score(tested, [entry for theirs, _ in gathered for entry in theirs], context)
         values |= {"num_skipped_test_images": val.num_skipped_images + len(unreadable), "num_skipped_test_objects": val.num_skipped_objects}
     return dict(broadcast_value(values, context.ranks))
@@ -250,7 +258,7 @@ def _score(val: DetectionData, found: list[dict[str, Any]], context: Context) ->
         for name, content in (("ground-truth.json", ground_truth), ("results.json", found)):
             with atomic_file(context.work / name) as file:
                 file.write(json.dumps(content).encode())
-        log.info("%d detections in %s, scored against ground-truth.json beside it", len(found), context.work / "results.json")
+        log.info("%d detections in %s, scored against ground-truth.json next to it", len(found), context.work / "results.json")
     kinds: dict[str, Literal["bbox", "segm"]] = {"box": "bbox"} if val.masks is None else {"box": "bbox", "mask": "segm"}
     values = {f"{name}_{key}": value for name, kind in kinds.items() for key, value in average_precision(ground_truth, found, kind).items()}
     return {**values, "num_test_images": len(val.paths), "num_test_objects": int((~val.crowds).sum()), "num_detections": len(found)}

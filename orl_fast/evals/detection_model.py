@@ -88,7 +88,7 @@ def build_detector(
         {"training": 2000, "testing": 1000}, {"training": 1000, "testing": 1000}, 0.7,
     )  # fmt: skip
     rpn.fg_bg_sampler = _Sampler(256, 0.5)
-    heads = RoIHeads(
+    heads = _RoiHeads(
         _RoiAlign(strides, _BOX_PX), FastRCNNConvFCHead((width, _BOX_PX, _BOX_PX), [width] * 4, [4 * width], norm_layer=norm),
         FastRCNNPredictor(4 * width, num_classes + 1), 0.5, 0.5, rois_per_image, 0.25, None, 0.05, 0.5, 100,
     )  # fmt: skip
@@ -187,6 +187,46 @@ class _Rpn(RegionProposalNetwork):  # type: ignore[misc]
             F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], torch.cat(labels)[sampled]),
             difference.abs().sum() / len(sampled),
         )
+
+
+class _RoiHeads(RoIHeads):  # type: ignore[misc]
+    """torchvision's, with Detectron2's losses: L1 for boxes, masks cut out by aligned RoIAlign and binarized."""
+
+    def forward(self, features: Any, proposals: Any, image_shapes: Any, targets: Any = None) -> Any:
+        if not self.training:
+            return super().forward(features, proposals, image_shapes, targets)
+        rois, matched, labels, wanted = self.select_training_samples(proposals, targets)
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, rois, image_shapes)))
+        losses = box_losses(logits, deltas, torch.cat(labels), torch.cat(wanted))
+        if self.has_mask():
+            positive = [each > 0 for each in labels]
+            rois, matched, labels = ([each[of] for each, of in zip(values, positive, strict=True)] for values in (rois, matched, labels))
+            logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, rois, image_shapes)))
+            cut = [cut_masks(each["masks"], of, boxes) for each, of, boxes in zip(targets, matched, rois, strict=True)]
+            losses["loss_mask"] = mask_loss(logits, torch.cat(labels), torch.cat(cut))
+        return [], losses
+
+
+def box_losses(logits: Tensor, deltas: Tensor, labels: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """Cross entropy of logits [R, C + 1], and the L1 loss of the right class's deltas [R, 4 (C + 1)] where labels [R] are not 0, over R."""
+    positive = torch.where(labels > 0)[0]
+    own = deltas.view(len(labels), -1, 4)[positive, labels[positive]]
+    return {
+        "loss_classifier": F.cross_entropy(logits, labels),
+        "loss_box_reg": (own - wanted[positive]).abs().sum() / len(labels),
+    }
+
+
+def cut_masks(masks: Tensor, matched: Tensor, rois: Tensor) -> Tensor:
+    """[R, 28, 28] of zeros and ones: the parts of masks [m, H, W] within the boxes [R, 4], of each the mask that `matched` [R] names."""
+    numbered = torch.cat([matched[:, None].to(rois.dtype), rois], dim=1)
+    cut: Tensor = roi_align(masks[:, None].float(), numbered, 2 * _MASK_PX, aligned=True)[:, 0]
+    return (cut >= 0.5).float()
+
+
+def mask_loss(logits: Tensor, labels: Tensor, cut: Tensor) -> Tensor:
+    """Binary cross entropy of the right class's logits, [R, C + 1, 28, 28], against [R, 28, 28]."""
+    return F.binary_cross_entropy_with_logits(logits[torch.arange(len(labels), device=labels.device), labels], cut)
 
 
 class _RoiAlign(MultiScaleRoIAlign):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from pydantic import ValidationError
 
+from orl_fast.cli.main import cli
 from orl_fast.config import Config, ModelConfig
 from orl_fast.console import log
 from orl_fast.errors import ConfigError, DataError, StaleError
@@ -289,6 +292,40 @@ def test_a_loss_that_is_not_finite_stops_with_a_remedy(scenes: Path, tmp_path: P
     with pytest.raises(DataError, match=r"the loss is not finite .* use a lower --lr than 1e\+30, or a longer --warmup than 0"):
         run(small_encoder(), scenes, _tiny(lr=1e30, warmup=0), replace(CPU, work=tmp_path))
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_too_little_memory_is_explained(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(detect.Detector, "forward", full)
+    with pytest.raises(ConfigError, match="iteration 0: 2 images a step do not fit into the GPU's memory; use more GPUs"):
+        run(small_encoder(), scenes, _tiny(), CPU)
+
+
+def test_test_images_that_cannot_be_decoded_are_left_out(scenes: Path, tmp_path: Path, messages: pytest.LogCaptureFixture) -> None:
+    root = _copied(scenes, tmp_path / "coco", lambda train, val: None)
+    (root / "val2017").unlink()
+    shutil.copytree(scenes / "val2017", root / "val2017")
+    damaged = root / "val2017" / "000103.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:900])
+    values = run(small_encoder(), root, _tiny(schedule=1), replace(CPU, work=tmp_path / "work"))
+    assert (values["num_test_images"], values["num_test_objects"], values["num_skipped_test_images"]) == (7, 14, 1)
+    assert "000103.jpg: left out of the test, cannot be decoded" in messages.text
+    ground_truth = json.loads((tmp_path / "work" / "ground-truth.json").read_text())
+    assert 113 not in [image["id"] for image in ground_truth["images"]]
+
+
+def test_the_command_shows_what_was_found(scenes: Path, tmp_path: Path) -> None:
+    arguments = ["eval", "detect", "random", str(scenes), "--backbone", "resnet10_small", "--device", "cpu", "--out", str(tmp_path)]
+    options = ["--schedule", "1", "--batch-size", "2", "--train-sizes", "64", "--test-size", "64", "--width", "8", "--rois-per-image", "8"]
+    result = CliRunner().invoke(cli, [*arguments, *options, "--no-masks", "--json", str(tmp_path / "out.json")])
+    assert result.exit_code == 0, result.output
+    assert "–" in result.output  # no mask AP
+    (record,) = json.loads((tmp_path / "out.json").read_text())
+    assert record["values"]["num_train_objects"] == 32
+    assert record["options"]["train_sizes"] == "64"
+    assert (next((tmp_path / "evals").iterdir()) / "results.json").exists()
 
 
 def test_bfloat16_trains_and_detects(scenes: Path) -> None:

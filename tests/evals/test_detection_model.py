@@ -10,7 +10,16 @@ from torch import nn
 
 from orl_fast.errors import ConfigError
 from orl_fast.evals.detection_data import Example
-from orl_fast.evals.detection_model import Detector, build_detector, pad_images, parameter_groups, pyramid_levels
+from orl_fast.evals.detection_model import (
+    Detector,
+    box_losses,
+    build_detector,
+    cut_masks,
+    mask_loss,
+    pad_images,
+    parameter_groups,
+    pyramid_levels,
+)  # fmt: skip
 from orl_fast.models import build_backbone
 from orl_fast.views.normalize import normalize
 
@@ -128,6 +137,32 @@ def test_the_box_loss_of_proposals_is_the_mean_absolute_difference() -> None:
     entropy = sum(math.log1p(math.exp(float(-objectness[i] if labels[i] == 1 else objectness[i]))) for i in counted)
     assert float(boxes) == pytest.approx(absolute / len(counted), rel=1e-5)
     assert float(classification) == pytest.approx(entropy / len(counted), rel=1e-5)
+
+
+def test_the_losses_of_the_heads_are_those_of_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, deltas = torch.randn(12, 3, generator=generator), torch.randn(12, 12, generator=generator)
+    labels, wanted = torch.randint(0, 3, (12,), generator=generator), torch.randn(12, 4, generator=generator)
+    losses = box_losses(logits, deltas, labels, wanted)
+    entropy = sum(float(logits[i].logsumexp(0) - logits[i, labels[i]]) for i in range(12)) / 12
+    absolute = sum(float((deltas[i, 4 * k : 4 * k + 4] - wanted[i]).abs().sum()) for i, k in enumerate(labels.tolist()) if k) / 12
+    assert float(losses["loss_classifier"]) == pytest.approx(entropy, rel=1e-5)
+    assert float(losses["loss_box_reg"]) == pytest.approx(absolute, rel=1e-5)
+    masks, cut = torch.randn(5, 3, 28, 28, generator=generator), torch.randint(0, 2, (5, 28, 28), generator=generator).float()
+    own = torch.stack([masks[i, labels[i]] for i in range(5)])
+    expected = -(cut * own.sigmoid().log() + (1 - cut) * (1 - own.sigmoid()).log()).mean()
+    assert float(mask_loss(masks, labels[:5], cut)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_masks_to_learn_are_cut_out_of_their_boxes() -> None:
+    masks = torch.zeros(2, 60, 80, dtype=torch.uint8)
+    masks[1, 10:38, 20:34] = 1
+    rois = torch.tensor([[20.0, 10, 48, 38], [6, 10, 62, 38], [20, 10, 48, 38]])
+    cut = cut_masks(masks, torch.tensor([1, 1, 0]), rois)
+    expected = torch.zeros(3, 28, 28)
+    expected[0, :, :14] = 1  # pixel by pixel
+    expected[1, :, 7:14] = 1  # two pixels for one
+    assert torch.equal(cut, expected)
 
 
 @pytest.mark.parametrize("masks", [True, False])
