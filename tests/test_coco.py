@@ -51,6 +51,17 @@ def test_images_by_id_objects_by_image_and_no_crowds(write: Any) -> None:
     assert found.sizes_px.tolist() == [[64, 48]] * 3
 
 
+def test_a_complete_reading_has_crowds_and_the_entries_themselves(write: Any) -> None:
+    objects = [thing(9, iscrowd=1, area=5), thing(7, segmentation=[[1, 2, 3, 4, 5, 6]]), thing("x"), thing(7, [], iscrowd=1)]
+    file = write([image(9), image(7), image(7, id=3)], objects)
+    found = read_annotations(file, complete=True)
+    assert found.images.tolist() == [0, 1]
+    assert [entry.get("iscrowd", 0) for entry in found.entries] == [0, 1]
+    assert found.entries[0]["segmentation"] == [[1, 2, 3, 4, 5, 6]]
+    assert (found.file_names, found.image_ids, found.category_ids, found.num_skipped) == (("7.jpg", "9.jpg"), (3, 9), (1,), 2)
+    assert read_annotations(file).entries == ()
+
+
 @pytest.mark.parametrize(("listed", "referred"), [(1, "1"), ("1", 1), (1.0, 1), ("a", "a"), ("000001", 1), ("2007_000032", "2007_000032")])
 def test_ids_are_joined_however_they_are_written(listed: Any, referred: Any, write: Any) -> None:
     found = read_annotations(write([image(2), image(listed)], [thing(referred, category_id="1")]))

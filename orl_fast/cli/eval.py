@@ -108,6 +108,7 @@ def _run(
     from rich.console import Console
     from rich.table import Table
 
+    from orl_fast.console import log
     from orl_fast.distributed import process_group
     from orl_fast.evals import Context
     from orl_fast.evals.evaluate import evaluate
@@ -116,6 +117,8 @@ def _run(
     with process_group(device) as ranks:
         if ranks.world_size > 1 and not getattr(module, "DISTRIBUTED", False):
             raise ConfigError(f"{ranks.world_size} ranks: eval {name} is one process; start it without torchrun")
+        if not ranks.is_main:
+            log.setLevel("WARNING")
         context = Context(device=ranks.device, num_threads=workers or ranks.num_threads, ranks=ranks)
         records = evaluate(
             name, checkpoint, data, options, context=context, backbone=backbone, prefix=prefix, out=out, random_init=random_init

@@ -81,7 +81,7 @@ class Options(Section):
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
-    """ "640-800" → 640, 672, …, 800; "160,192" → 160, 192. ValueError for anything else."""
+    """The sizes that a text means: 640, 672, …, 800 for 640-800; 160 and 192 for 160,192. ValueError for anything else."""
     try:
         if "-" in text:
             first, last = map(int, text.split("-"))
@@ -344,9 +344,9 @@ def _check_same_data(parts: tuple[DetectionData, DetectionData], context: Contex
     if context.work is None or not context.ranks.is_main:
         return
     digests = {}
-    for data in parts:
+    for part, data in zip(("train", "val"), parts, strict=True):
         with data.annotations.open("rb") as file:
-            digests[str(data.annotations)] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[part] = hashlib.file_digest(file, "sha256").hexdigest()
     digests["images"] = hashlib.sha256("\n".join(str(path) for data in parts for path in data.paths).encode()).hexdigest()
     path = context.work / "data.json"
     if path.exists() and json.loads(path.read_bytes()) != digests:

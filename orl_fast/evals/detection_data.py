@@ -123,7 +123,8 @@ def open_detection_data(annotations: Path, images: Path, *, masks: bool, context
         DataError: not a COCO-style annotation file; no image or object is left; boxes or masks are, on the whole, not what they should be.
     """
     found = read_annotations(annotations, complete=True)
-    paths = tuple(images / name for name in found.file_names)
+    folder = images.resolve()
+    paths = tuple(folder / name for name in found.file_names)
     headers = broadcast_value(_headers(paths, context) if context.ranks.is_main else None, context.ranks)
     skipped = Skipped(list)
     usable, rotations = _usable_images(found, headers, skipped)
@@ -348,6 +349,7 @@ def _objects(
     objects: list[_Object] = []
     maskless: list[int] = []  # positions in `objects`
     reaching: list[str] = []
+    num_checked = 0
     for m, (image, label, entry) in enumerate(zip(found.images.tolist(), found.labels.tolist(), found.entries, strict=True)):
         name = f"id {entry['id']}" if "id" in entry else f"number {m}"
         header, box = headers[image], found.boxes[m]
@@ -358,6 +360,7 @@ def _objects(
         if label < 0:
             skipped["objects of categories that are not listed"].append(name)
             continue
+        num_checked += 1
         if (box[:2] < -_SLACK_PX).any() or (box[2:] - [width, height] > _SLACK_PX + 0.01 * max(frame_px)).any():
             reaching.append(name)
         if (inside[2:] <= inside[:2]).any():
@@ -376,9 +379,9 @@ def _objects(
         if rotations[image] > 1:
             box = rotate_boxes(box[None], orientation=rotations[image], size_px=frame_px)[0]
         objects.append(_Object(image, label, box, bool(entry.get("iscrowd")), float(area), mask))
-    if len(reaching) > _MAX_OUTSIDE * len(objects):
+    if len(reaching) > _MAX_OUTSIDE * num_checked:
         raise DataError(
-            f"{path}: {len(reaching)} of {len(objects)} boxes reach out of their images, for example {reaching[0]}: they are in another "
+            f"{path}: {len(reaching)} of {num_checked} boxes reach out of their images, for example {reaching[0]}: they are in another "
             "frame, or not [x, y, width, height]; give boxes in pixels of the image files"
         )
     if with_masks and len(maskless) < len(objects):

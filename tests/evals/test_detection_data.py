@@ -120,6 +120,7 @@ def _boxes(content: Any, change: Callable[[list[float]], list[float]]) -> None:
         ),
         (lambda c: _boxes(c, lambda box: [box[0], box[1], box[0] + box[2], box[1] + box[3]]), "reach out of their images"),
         (lambda c: _boxes(c, lambda box: [8 * value for value in box]), "reach out of their images"),
+        (lambda c: _boxes(c, lambda box: [box[0] + 900, *box[1:]]), "12 of 12 boxes reach out of their images"),
         (lambda c: [image.update(file_name="x" + image["file_name"]) for image in c["images"]], "6 images that are not there"),
         (lambda c: [image.update(width=640, height=480) for image in c["images"]], "6 images of another size than annotated"),
         (lambda c: [each.update(category_id=5) for each in c["annotations"]], "none of its 12 objects can be used"),
