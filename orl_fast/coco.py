@@ -87,8 +87,8 @@ def read_annotations(path: Path, content: Any = None, *, complete: bool = False)
     for position, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {}
         image, label, box = image_of.get(_id(entry, "image_id")), label_of.get(_id(entry, "category_id")), _box(entry)
-        num_crowds += bool(entry.get("iscrowd"))
-        if entry.get("iscrowd") and not complete:
+        num_crowds += is_crowd(entry)
+        if is_crowd(entry) and not complete:
             continue
         if image is None:
             unusable["objects of an image that is not listed, or shares its id with another"].append(_name(entry, position))
@@ -196,6 +196,9 @@ def _classes(path: Path, listed: Any, skipped: Skipped) -> Mapping[Id | None, st
     if all(isinstance(key, int) for key, _ in pairs):
         pairs.sort(key=itemgetter(0))
     return _unambiguous(pairs)
+def is_crowd(entry: dict[str, Any]) -> bool:
+    """Whether an object is a crowd: "iscrowd" as a number, or as text."""
+    return bool(_id(entry, "iscrowd"))
 
 
 def rotate_boxes(boxes: NDArray[Any], *, orientation: int, size_px: tuple[int, int]) -> NDArray[Any]:

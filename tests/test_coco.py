@@ -62,6 +62,11 @@ def test_a_complete_reading_has_crowds_and_the_entries_themselves(write: Any) ->
     assert read_annotations(file).entries == ()
 
 
+@pytest.mark.parametrize(("value", "crowd"), [(1, True), ("1", True), (1.0, True), (True, True), (0, False), ("0", False), (None, False)])
+def test_crowds_are_marked_by_numbers_or_text(value: Any, crowd: bool, write: Any) -> None:
+    assert len(read_annotations(write([image(1)], [thing(1), thing(1, iscrowd=value)])).images) == 2 - crowd
+
+
 @pytest.mark.parametrize(("listed", "referred"), [(1, "1"), ("1", 1), (1.0, 1), ("a", "a"), ("000001", 1), ("2007_000032", "2007_000032")])
 def test_ids_are_joined_however_they_are_written(listed: Any, referred: Any, write: Any) -> None:
     found = read_annotations(write([image(2), image(listed)], [thing(referred, category_id="1")]))

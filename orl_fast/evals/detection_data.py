@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from orl_fast.coco import Annotations, Id, Skipped, read_annotations, rotate_boxes, warn_skipped
+from orl_fast.coco import Annotations, Id, Skipped, is_crowd, read_annotations, rotate_boxes, warn_skipped
 from orl_fast.console import log, progress
 from orl_fast.distributed import broadcast_value
 from orl_fast.errors import DataError
@@ -370,7 +370,7 @@ def _objects(
         if mask is not None and not _near(bounds(mask), box):
             mask = None
         area = entry.get("area")
-        if not (isinstance(area, int | float) and np.isfinite(area) and area >= 0):
+        if not (isinstance(area, int | float) and 0 <= area <= width * height):
             area = (box[2] - box[0]) * (box[3] - box[1]) if mask is None else draw_mask(mask, size_px=frame_px).sum()
         if mask is None:
             maskless.append(len(objects))
@@ -378,7 +378,7 @@ def _objects(
             mask = rotate_mask(mask, orientation=rotations[image], size_px=frame_px)
         if rotations[image] > 1:
             box = rotate_boxes(box[None], orientation=rotations[image], size_px=frame_px)[0]
-        objects.append(_Object(image, label, box, bool(entry.get("iscrowd")), float(area), mask))
+        objects.append(_Object(image, label, box, is_crowd(entry), float(area), mask))
     if len(reaching) > _MAX_OUTSIDE * num_checked:
         raise DataError(
             f"{path}: {len(reaching)} of {num_checked} boxes reach out of their images, for example {reaching[0]}: they are in another "

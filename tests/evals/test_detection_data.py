@@ -186,8 +186,9 @@ def test_objects_without_visible_width_are_tested_and_not_trained_on(opened: Any
 
 
 def test_areas_that_are_missing_are_those_of_the_masks(opened: Any) -> None:
-    data = opened(lambda c: [each.update(area=None) for each in c["annotations"]])
-    assert data.areas == pytest.approx(opened().areas, rel=0.2)
+    for area in (None, -1, float("nan"), 2**70, [5]):
+        data = opened(lambda c, area=area: [each.update(area=area) for each in c["annotations"]])
+        assert data.areas == pytest.approx(opened().areas, rel=0.2)
     alone = opened(lambda c: [each.update(area="large") for each in c["annotations"]], masks=False)
     assert alone.areas == pytest.approx((alone.boxes[:, 2] - alone.boxes[:, 0]) * (alone.boxes[:, 3] - alone.boxes[:, 1]))
 
