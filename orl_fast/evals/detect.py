@@ -108,7 +108,7 @@ def run(encoder: Encoder, data: Path, options: Options, context: Context) -> dic
     detector = build_detector(
         encoder.trainable_backbone(), num_classes=len(train.categories), masks=train.masks is not None, width=options.width,
         rois_per_image=options.rois_per_image, name=encoder.name,
-    ).to(ranks.device)  # fmt: skip
+    ).to(context.device)  # fmt: skip
     synchronize_batch_norm(detector, ranks)
     optimizer = torch.optim.SGD(parameter_groups(detector, weight_decay=_WEIGHT_DECAY), lr=_LR, momentum=_MOMENTUM)
     with Training.open({"model": detector, "optimizer": optimizer}, num_steps=options.schedule, context=context) as training:
@@ -183,7 +183,7 @@ def milestones(num_steps: int) -> tuple[int, int]:
 def _train(
     detector: Detector, optimizer: torch.optim.Optimizer, train: DetectionData, options: Options, context: Context, training: Training
 ) -> None:
-    ranks, device = context.ranks, context.ranks.device
+    ranks, device = context.ranks, context.device
     if training.first_step == options.schedule:
         log.info("the detector is trained already")
         return

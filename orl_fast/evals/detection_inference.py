@@ -43,8 +43,8 @@ def detect(
                 unreadable.append(image)
                 log.warning("%s: left out of the test, %s", data.paths[image], example)
                 continue
-            with torch.inference_mode(), torch.autocast(ranks.device.type, torch.bfloat16, enabled=bf16):
-                (detected,) = detector([to_device(example, ranks.device)])
+            with torch.inference_mode(), torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
+                (detected,) = detector([to_device(example, context.device)])
             yield image, _to_cpu(detected), (example.image.shape[2], example.image.shape[1])
 
     def draw(each: tuple[int, Detections, tuple[int, int]]) -> list[dict[str, Any]]:

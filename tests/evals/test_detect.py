@@ -339,3 +339,16 @@ def test_what_cannot_be_run_is_refused_before_anything_is_read(tmp_path: Path) -
         run(other, tmp_path, Options(), CPU)
     with pytest.raises(ConfigError, match="--batch-size 3: cannot be divided among 2 ranks"):
         run(small_encoder(), tmp_path, Options(batch_size=3), replace(CPU, ranks=replace(CPU.ranks, world_size=2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_trains_and_detects_as_the_cpu_does(scenes: Path, precision: str) -> None:
+    cuda = torch.device("cuda")
+    options = _tiny(schedule=2, precision=precision, train_sizes="64")
+    found = run(small_encoder().to(cuda), scenes, options, Context(device=cuda, num_threads=2))
+    expected = run(small_encoder(), scenes, options, CPU)
+    counts = [name for name in expected if name.startswith("num_") and name != "num_detections"]
+    assert {name: found[name] for name in counts} == {name: expected[name] for name in counts}
+    assert 0 <= found["box_ap"] <= 1
+    assert 0 < found["num_detections"] <= 800
