@@ -22,6 +22,8 @@ VERBS = {
     "show": "Draw pictures: mined pairs, augmented views.",
     "info": "Show information about a dataset, table, checkpoint or this machine.",
     "proposals": "Object proposals (selective search) of any images, as JSON.",
+    "export": "Write a backbone for torchvision, timm, Detectron2, MMDetection, safetensors or ONNX.",
+    "import": "Take a backbone of another toolkit.",
     "tables": "Exchange mined tables with the reference implementation.",
     "bench": "Measure speed against baselines.",
     "demo": "The whole method on synthetic scenes, in minutes.",
@@ -33,7 +35,8 @@ class _Verbs(LazyGroup):
     table, noun = VERBS, "command"
 
     def load(self, name: str) -> click.Command:
-        return cast(click.Command, importlib.import_module(f"orl_fast.cli.{name}").command)
+        module = "import_" if name == "import" else name  # a keyword cannot name a module
+        return cast(click.Command, importlib.import_module(f"orl_fast.cli.{module}").command)
 
 
 @click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -123,7 +123,7 @@ def build_backbone(name: str) -> Backbone:
     # GoogLeNet and Inception warn about their slow default initialization unless it is asked for.
     options = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     model = torchvision.models.get_model(name, weights=None, **options)
-    backbone = _trunk(model)
+    backbone = trunk(model)
     backbone.num_features = _probe(backbone, name)
     if isinstance(model, torchvision.models.ResNet):
         init_kaiming(backbone)
@@ -136,7 +136,7 @@ def resnet_skeletons() -> Iterator[tuple[str, Backbone]]:
     names = [name for name in models.list_models(module=models) if models.get_model_builder(name).__module__ == models.ResNet.__module__]
     for name in (SMALL_RESNET, *names):
         with torch.device("meta"):
-            yield name, _small_resnet() if name == SMALL_RESNET else _trunk(models.get_model(name, weights=None))
+            yield name, _small_resnet() if name == SMALL_RESNET else trunk(models.get_model(name, weights=None))
 
 
 def _small_resnet() -> Backbone:
@@ -162,16 +162,16 @@ def init_kaiming(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def _trunk(model: nn.Module) -> Backbone:
-    """The children up to the pooling; torchvision lists them in the order in which `forward` calls them."""
-    trunk = Backbone()
+def trunk(model: nn.Module) -> Backbone:
+    """The children of torchvision's classifier up to the pooling; torchvision lists them in the order in which `forward` calls them."""
+    found = Backbone()
     for name, child in model.named_children():
         if isinstance(child, _POOLING) or name in ("classifier", "head", "heads"):
             break
-        trunk.add_module(name, child)
+        found.add_module(name, child)
     if isinstance(model, torchvision.models.DenseNet):
-        trunk.add_module("relu", nn.ReLU(inplace=True))  # the model's forward applies it as a function
-    return trunk
+        found.add_module("relu", nn.ReLU(inplace=True))  # the model's forward applies it as a function
+    return found
 
 
 def _probe(backbone: Backbone, name: str) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orl_fast.checkpoint import checkpoint_path, is_checkpoint, read_header
-from orl_fast.config import Config, ModelConfig
+from orl_fast.config import Config, MiningConfig, ModelConfig
 from orl_fast.errors import ConfigError, MissingStageError
 from orl_fast.models.encoder import Encoder, load_encoder, random_encoder
 from orl_fast.models.foreign import load_foreign
@@ -20,7 +20,7 @@ class OpenEncoder:
 
     encoder: Encoder
     path: Path | None = None  # the file; None: random weights
-    prefix: str | None = None  # of its names in the file of another toolkit
+    prefix: str | None = None  # of its names in the file, where they were looked for
     header: Mapping[str, Any] | None = None  # of a checkpoint of orl-fast
 
     @property
@@ -36,7 +36,8 @@ def open_encoder(checkpoint: str | Path, *, backbone: str | None = None, prefix:
 
     Args:
         backbone: the architecture, as `build_backbone` names it; "random" needs it, and files that do not tell it.
-        prefix: of the backbone's names in a file of another toolkit; see `load_foreign`.
+        prefix: of the backbone's names in a file of another toolkit, or of another network than the one that a checkpoint of orl-fast is
+            about ("target"); see `load_foreign`.
     Raises:
         MissingStageError: there is no such file. DataError: see `load_encoder` and `load_foreign`. ConfigError: an architecture is missing,
             unknown or another one than the checkpoint's; or the file has no such prefix, or several backbones.
@@ -51,9 +52,12 @@ def open_encoder(checkpoint: str | Path, *, backbone: str | None = None, prefix:
     if not is_checkpoint(path):
         found = load_foreign(path, backbone=backbone, prefix=prefix)
         return OpenEncoder(encoder=found.encoder, path=path, prefix=found.prefix)
-    encoder = load_encoder(path)
-    if backbone not in (None, encoder.name):
-        raise ConfigError(f"{path}: its backbone is {encoder.name}, not {backbone}; leave --backbone out")
-    if prefix is not None:
-        raise ConfigError(f"{path}: a checkpoint of orl-fast, which needs no --prefix; leave it out")
-    return OpenEncoder(encoder=encoder, path=path, header=read_header(path))
+    header = read_header(path)
+    name = header["encoder"]["backbone"]
+    if backbone not in (None, name):
+        raise ConfigError(f"{path}: its backbone is {name}, not {backbone}; leave --backbone out")
+    if prefix is None:
+        return OpenEncoder(encoder=load_encoder(path), path=path, header=header)
+    found = load_foreign(path, backbone=name, prefix=prefix)
+    encoder = Encoder(found.encoder.backbone, None, name=name, mining=MiningConfig(**header["config"]["mining"]))
+    return OpenEncoder(encoder=encoder, path=path, prefix=found.prefix, header=header)

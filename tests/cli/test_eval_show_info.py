@@ -111,13 +111,9 @@ def test_eval_takes_weights_of_other_toolkits_and_keeps_the_record_next_to_them(
     assert foreign["encoder"] == Encoder(backbone, None, name="resnet10_small").fingerprint
     assert [untrained[key] for key in about] == ["random initialization", "resnet10_small", None, None, None, None]
     assert (ours["prefix"], ours["method"], ours["step"]) == (None, "byol", 0)
-    for option, value, message in (
-        ("--backbone", "resnet18", "its backbone is resnet10_small, not resnet18"),
-        ("--prefix", "x", "needs no --prefix"),
-    ):
-        result = _run("eval", "knn", checkpoint, photos, option, value)
-        assert isinstance(result.exception, ConfigError)
-        assert message in str(result.exception)
+    result = _run("eval", "knn", checkpoint, photos, "--backbone", "resnet18")
+    assert isinstance(result.exception, ConfigError)
+    assert "its backbone is resnet10_small, not resnet18" in str(result.exception)
 
 
 def test_eval_takes_coco_annotations_and_separate_test_data(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
