@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +37,9 @@ from orl_fast.files import human_bytes, require_free_space
 from orl_fast.places import SHARDS_HOME
 from orl_fast.shards import ShardIndex, ShardReader, write_shards
 from orl_fast.shards.images import IMAGE_SUFFIXES
-from orl_fast.shards.index import MANIFEST_NAME
+from orl_fast.shards.index import MANIFEST_NAME, Quarantined
 from orl_fast.shards.labels import NEITHER, TRAIN, VAL, ImageClasses, read_classes, write_classes
-from orl_fast.shards.sources import find_sources, list_images
+from orl_fast.shards.sources import Listing, find_sources, list_images
 
 # Pairs of lists that are found by their name: OpenSelfSup's, Places205's, iNaturalist's. `*` stands for the year.
 _LISTS = (
@@ -117,8 +118,13 @@ def _open(data: Path, options: LabelledShardsOptions, context: Context) -> Label
     train, val = _layout(data, options)
     sources = _sources([_source(each) for each in (train, val)])
     out = options.shards or SHARDS_HOME / f"{data.resolve().name or 'images'}-labelled"
+    if not (out / MANIFEST_NAME).is_file():
+        listing = list_images(find_sources(sources))
+        files = _Files([image.file_name for image in listing.images], [image.source for image in listing.images], listing.unreadable)
+        _classes(*_join(files, sources, train, val), name=str(data))  # what would be refused is refused before it is packed
+        _announce(listing, out, context)
     index = _pack(sources, out, context)
-    labelled = _join(index, sources, train, val, name=str(data))
+    labelled = _join_packed(index, sources, train, val, name=str(data))
     try:
         write_classes(index, _column(labelled))
     except DataError as error:
@@ -126,6 +132,20 @@ def _open(data: Path, options: LabelledShardsOptions, context: Context) -> Label
     return labelled
 
 
+@dataclass(frozen=True)
+class _Files:
+    """Images that are to be packed or have been packed, and what could not be."""
+
+    names: Sequence[str]  # relative to their source
+    sources: Sequence[int]
+    bad: Sequence[Quarantined]
+
+    @classmethod
+    def of(cls, index: ShardIndex) -> Self:
+        return cls(index.file_names, index.sources.tolist(), index.manifest.quarantined)
+
+
+_Labels = list[str | None]  # [N] the class of each file or row
 Rule = Path | tuple[LabelList, Path]  # a folder of class folders; or a list, and the folder that its paths start from
 
 
@@ -192,21 +212,22 @@ def _sources(folders: Sequence[Path]) -> list[Path]:
     return sorted(kept, key=lambda each: [folder.resolve() for folder in folders].index(each.resolve()))
 
 
+def _announce(listing: Listing, out: Path, context: Context) -> None:
+    """Say what packing takes. ConfigError where other ranks would wait too long for it, DataError where the disk is too small."""
+    images, folders = listing.images, [str(source.folder) for source in listing.sources]
+    num_bytes = sum(image.num_bytes for image in images)
+    if context.ranks.world_size > 1 and len(images) > _MAX_PACKED_BY_RANKS:
+        raise ConfigError(
+            f"{out}: {len(images):,} images are to be packed first, by one process; run orl-fast shard {' '.join(folders)} --out {out}, "
+            "then the same command again"
+        )
+    require_free_space(out, num_bytes=num_bytes, purpose="packing")
+    free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
+    what = f"{len(images):,} images of {' and '.join(folders)} into {out}"
+    log.info("packing %s, once: %s, of %s free (--shards names another folder)", what, human_bytes(num_bytes), human_bytes(free))
+
+
 def _pack(sources: Sequence[Path], out: Path, context: Context) -> ShardIndex:
-    if not (out / MANIFEST_NAME).is_file():
-        images = list_images(find_sources(sources)).images
-        num_bytes, where = sum(image.num_bytes for image in images), " and ".join(map(str, sources))
-        if context.ranks.world_size > 1 and len(images) > _MAX_PACKED_BY_RANKS:
-            raise ConfigError(
-                f"{out}: {len(images):,} images are to be packed first, by one process; run orl-fast shard {' '.join(map(str, sources))} "
-                f"--out {out}, then the same command again"
-            )
-        require_free_space(out, num_bytes=num_bytes, purpose="packing")
-        free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
-        log.info(
-            "packing %s images of %s into %s, once: %s, of %s free (--shards names another folder)",
-            f"{len(images):,}", where, out, human_bytes(num_bytes), human_bytes(free),
-        )  # fmt: skip
     try:
         write_shards(sources, out, num_workers=context.num_threads)
     except StaleError as error:
@@ -216,45 +237,56 @@ def _pack(sources: Sequence[Path], out: Path, context: Context) -> ShardIndex:
     return ShardIndex.open(out)
 
 
-def _join(index: ShardIndex, sources: Sequence[Path], train: Rule, val: Rule, *, name: str) -> LabelledShards:
-    if isinstance(train, Path) and not isinstance(val, Path):
-        val = numbered_as(val[0], _ordered(_classes_of(index, sources, train))), val[1]
-    elif isinstance(val, Path) and not isinstance(train, Path):
-        train = numbered_as(train[0], _ordered(_classes_of(index, sources, val))), train[1]
-    found = [_classes_of(index, sources, rule) for rule in (train, val)]
+def _join_packed(index: ShardIndex, sources: Sequence[Path], train: Rule, val: Rule, *, name: str) -> LabelledShards:
+    trained, tested, order = _join(_Files.of(index), sources, train, val)
     paths = [rule[0].path for rule in (train, val) if not isinstance(rule, Path)]
-    order = train[0].classes if not isinstance(train, Path) else None
     hint = _dataset_of([*map(str, paths), name], by_json=any(path.suffix.lower() == ".json" for path in paths))
-    return _labelled((index, found[0]), (index, found[1]), order=order, hint=hint, name=name)
+    return _labelled((index, trained), (index, tested), order=order, hint=hint, name=name)
 
 
-def _classes_of(index: ShardIndex, sources: Sequence[Path], rule: Rule) -> list[str | None]:
-    """[N] the class of each row, None where a rule gives it none."""
+def _join(files: _Files, sources: Sequence[Path], train: Rule, val: Rule) -> tuple[_Labels, _Labels, Sequence[str] | None]:
+    """The classes of the training and of the validation images, and their order where a list has one."""
+    if isinstance(train, Path) and not isinstance(val, Path):
+        val = numbered_as(val[0], _ordered(_classes_of(files, sources, train))), val[1]
+    elif isinstance(val, Path) and not isinstance(train, Path):
+        train = numbered_as(train[0], _ordered(_classes_of(files, sources, val))), train[1]
+    trained, tested = _classes_of(files, sources, train), _classes_of(files, sources, val)
+    both = [name for name, *labels in zip(files.names, trained, tested, strict=True) if None not in labels]
+    if both:
+        raise DataError(
+            f"{sources[0]}: {len(both)} images are to be trained on and to be validated, for example {both[0]}; give other parts"
+        )
+    return trained, tested, train[0].classes if not isinstance(train, Path) else None
+
+
+def _classes_of(files: _Files, sources: Sequence[Path], rule: Rule) -> _Labels:
+    """The class that a rule gives each file; None for those that it gives none."""
     folder = rule if isinstance(rule, Path) else rule[1]
     moved = [_relative_to(folder, source) for source in sources]
-    names = [moved[source](name) for name, source in zip(index.file_names, index.sources.tolist(), strict=True)]
+    names = [moved[source](name) for name, source in zip(files.names, files.sources, strict=True)]
     if isinstance(rule, Path):
         rows = [row for row, name in enumerate(names) if name is not None]
-        classes: list[str | None] = [None] * len(names)
+        classes: _Labels = [None] * len(names)
         for row, found in zip(rows, folder_classes([names[row] or "" for row in rows], root=folder), strict=True):
             classes[row] = found
         return classes
     labels, _ = rule
-    bad = {moved[entry.source](entry.file_name) for entry in index.manifest.quarantined}
-    there = {name for name in names if name is not None} | bad
+    there = {name for name in names if name is not None} | {moved[entry.source](entry.file_name) for entry in files.bad}
     require_present(labels, [name for name in labels.labels if name not in there], where=folder)
     return [labels.labels.get(name) if name is not None else None for name in names]
 
 
 def _relative_to(folder: Path, source: Path) -> Callable[[str], str | None]:
     """What makes file names that are relative to `source` relative to `folder`; None for those that are not in there."""
-    prefix = os.path.relpath(source, folder)
-    if prefix == ".":
-        return lambda name: name
-    if not prefix.startswith(".."):
-        return lambda name: f"{prefix}/{name}"
-    inner = os.path.relpath(folder, source) + "/"
-    return lambda name: name.removeprefix(inner) if name.startswith(inner) else None
+    for one, other in ((folder, source), (folder.resolve(), source.resolve())):  # as they are named, or behind links
+        outer, inner = os.path.relpath(other, one), os.path.relpath(one, other) + "/"
+        if outer == ".":
+            return lambda name: name
+        if not outer.startswith(".."):
+            return lambda name, prefix=outer: f"{prefix}/{name}"  # type: ignore[misc]
+        if not inner.startswith(".."):
+            return lambda name, prefix=inner: name.removeprefix(prefix) if name.startswith(prefix) else None  # type: ignore[misc]
+    return lambda _: None
 
 
 def _packed_folder(data: Path) -> Path | None:
@@ -268,7 +300,7 @@ def _from_shards(folder: Path, options: LabelledShardsOptions) -> LabelledShards
     if options.train_list is not None and options.val_list is not None:
         lists = [read_labels(path) for path in (options.train_list, options.val_list)]
         train, val = ((labels, _base_of(labels, index, sources)) for labels in lists)
-        return _join(index, sources, train, val, name=str(folder))
+        return _join_packed(index, sources, train, val, name=str(folder))
     if options.train_list is not None or options.val_list is not None:
         raise DataError(f"{folder}: packed images need both --train-list and --val-list, or neither")
     column = read_classes(index) if options.val is None else None
@@ -303,7 +335,7 @@ def _base_of(labels: LabelList, index: ShardIndex, sources: Sequence[Path]) -> P
     raise DataError(f"{labels.path}: none of its files, for example {next(iter(labels.labels))}, is among the images of {index.path}")
 
 
-def _by_names(index: ShardIndex, *, default: int = NEITHER) -> tuple[list[str | None], list[str | None]]:
+def _by_names(index: ShardIndex, *, default: int = NEITHER) -> tuple[_Labels, _Labels]:
     """[N] classes of the training and of the validation images, by source folders or first folders named train and val.
 
     `default`: the split of what lies in neither.
@@ -318,19 +350,15 @@ def _by_names(index: ShardIndex, *, default: int = NEITHER) -> tuple[list[str | 
         split = default if split is None else split
         if split != NEITHER:
             names[split][row] = name
-    found: tuple[list[str | None], list[str | None]] = ([None] * len(index), [None] * len(index))
+    found: tuple[_Labels, _Labels] = ([None] * len(index), [None] * len(index))
     for of_rows, classes in zip(names, found, strict=True):
         for row, label in zip(of_rows, folder_classes(list(of_rows.values()), root=index.path), strict=True):
             classes[row] = label
     return found
 
 
-def _labelled(
-    train: tuple[ShardIndex, list[str | None]], val: tuple[ShardIndex, list[str | None]], *, order: Sequence[str] | None, hint: str | None,
-    name: str,
-) -> LabelledShards:  # fmt: skip
-    """Number the classes, refuse what makes no sense, and leave out training images that are in the validation part too."""
-    (index, trained), (val_index, tested) = train, val
+def _classes(trained: _Labels, tested: _Labels, order: Sequence[str] | None, *, name: str) -> tuple[str, ...]:
+    """The classes that have training images, in order; DataError if they are too few, or the validation images have others."""
     present = {label for label in trained if label is not None}
     classes = tuple(label for label in order if label in present) if order is not None else tuple(_ordered(trained))
     if len(classes) < 2:
@@ -340,18 +368,23 @@ def _labelled(
             f"{name}: the validation images have {len(unknown)} classes that no training image has ({', '.join(unknown[:5])}); give both "
             "parts of one data set"
         )
+    if not any(label is not None for label in tested):
+        raise DataError(f"{name}: no validation image has a class; {_REMEDY}")
+    return classes
+
+
+def _labelled(
+    train: tuple[ShardIndex, _Labels], val: tuple[ShardIndex, _Labels], *, order: Sequence[str] | None, hint: str | None,
+    name: str,
+) -> LabelledShards:  # fmt: skip
+    """Number the classes, refuse what makes no sense, and leave out training images that are in the validation part too."""
+    (index, trained), (val_index, tested) = train, val
+    classes = _classes(trained, tested, order, name=name)
     number = {label: i for i, label in enumerate(classes)}
     parts = [
         Part(index=each, labels=np.array([-1 if label is None else number[label] for label in labels], np.int64))
         for each, labels in ((index, trained), (val_index, tested))
     ]
-    if not len(parts[1]):
-        raise DataError(f"{name}: no validation image has a class; {_REMEDY}")
-    if index is val_index and (both := np.flatnonzero((parts[0].labels >= 0) & (parts[1].labels >= 0))).size:
-        raise DataError(
-            f"{name}: {len(both)} images are in the training and in the validation part, for example {index.file_names[both[0]]}; give "
-            "lists that share none"
-        )
     twice = _copies(*parts)
     if 2 * len(twice) > len(parts[0]):
         raise DataError(
