@@ -81,7 +81,7 @@ def encode_objects(
     ):
         plans = ((None, plan(members)) for members in source.blocks(advance))
         encoded = encode(encoder.to(device).pooled, drawn, plans, batch_size=_CROPS_PER_BATCH, device=device, skip=source.skip)
-        values, num = room((len(objects), encoder.num_features), folder=context.work), 0
+        values, num = feature_array((len(objects), encoder.num_features), folder=context.work), 0
         for _, batch in encoded:
             values[num : num + len(batch)] = batch
             num += len(batch)
@@ -95,7 +95,7 @@ def encode_objects(
     )
 
 
-def room(shape: tuple[int, int], *, folder: Path | None) -> NDArray[np.float32]:
+def feature_array(shape: tuple[int, int], *, folder: Path | None) -> NDArray[np.float32]:
     """An array for features: in memory, or, where it would take much of that, in a file of `folder` that vanishes with the array.
 
     DataError: the disk is too small for it.

@@ -1,4 +1,4 @@
-"""Labelled data for evaluations: folders with one subfolder per class, and COCO-style annotations, whose boxes are the objects."""
+"""Labelled data for evaluations: class folders and lists, whose images are the objects, and COCO-style annotations, whose boxes are."""
 
 import hashlib
 import os

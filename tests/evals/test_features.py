@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from orl_fast.errors import ConfigError
-from orl_fast.evals.features import encode_objects, pad_boxes
+from orl_fast.errors import ConfigError, DataError
+from orl_fast.evals.features import encode_objects, feature_array, pad_boxes
 from orl_fast.evals.labels import Objects
 from orl_fast.models import Encoder, random_encoder
 from orl_fast.recipe import load_config
@@ -100,3 +100,16 @@ def test_a_size_that_the_backbone_cannot_take_is_refused(tmp_path: Path) -> None
     objects = Objects(paths=(tmp_path / "a.jpg",), images=np.zeros(1, np.int64), labels=np.zeros(1, np.int64), classes=("a", "b"))
     with pytest.raises(ConfigError, match=r"side of the views \(--size\) = 16: too small for the backbone"):
         encode_objects(dense, objects, size_px=16)
+
+
+def test_features_that_would_fill_the_memory_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = feature_array((3, 4), folder=tmp_path / "work")
+    assert not isinstance(plain, np.memmap)
+    monkeypatch.setattr("orl_fast.evals.features.available_memory", lambda: 100)
+    mapped = feature_array((3, 4), folder=tmp_path / "work")
+    assert isinstance(mapped, np.memmap)
+    mapped[:] = 7
+    assert mapped.sum() == 84
+    assert list((tmp_path / "work").iterdir()) == []  # it vanishes with the array
+    with pytest.raises(DataError, match="features takes"):
+        feature_array((1 << 40, 1 << 10), folder=tmp_path)

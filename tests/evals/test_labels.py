@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from orl_fast.errors import DataError
 from orl_fast.evals import Context
 from orl_fast.evals.labels import LabelledOptions, Objects, labelled_data, open_labelled, split_by_image, with_test
+from tests.evals.drawn_classes import draw_image
 
 
 def _write(path: Path, size: tuple[int, int] = (40, 30)) -> None:
@@ -123,6 +125,78 @@ def test_a_root_with_splits_is_used_as_such(tmp_path: Path) -> None:
     train, test = labelled_data(tmp_path, LabelledOptions(), Context(device=torch.device("cpu")))
     assert train.classes == ("a", "b")
     assert [path.name for part in (train, test) for path in part.paths] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+
+
+def test_system_folders_are_no_classes(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/@eaDir/1.jpg/thumb.jpg", "b/2.jpg", "@eaDir/x.jpg", "__MACOSX/a/1.jpg", ".thumbnails/y.jpg", "loose.jpg"):
+        _write(tmp_path / name)
+    objects = open_labelled(tmp_path)
+    assert objects.classes == ("a", "b")
+    assert [path.name for path in objects.paths] == ["1.jpg", "2.jpg"]
+    assert objects.num_skipped_images == 4  # hidden folders are not listed at all
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train2017/1.jpg", "val2017/2.jpg"), "named like parts of a data set"),
+        (("Training/a/1.jpg", "Validation/b/2.jpg", "x/3.jpg"), "named like parts of a data set"),
+        (("a/abbey/1.jpg", "a/airport/2.jpg", "b/bar/3.jpg"), "which of them are classes is not known"),
+        (("1.jpg", "2.jpg"), "0 subfolders hold images and 2 images lie in none; label these by a file"),
+        (("a/1.jpg", "@eaDir/2.jpg"), "1 subfolders hold images"),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
+    for name in names:
+        _write(tmp_path / name)
+    with pytest.raises(DataError, match=message):
+        open_labelled(tmp_path)
+
+
+def test_splits_are_found_in_any_case_and_a_flat_one_is_refused(tmp_path: Path) -> None:
+    for seed, name in enumerate(("Train/a/1.png", "Train/b/2.png", "VAL/a/3.png", "VAL/b/4.png", "test/5.png")):
+        draw_image(tmp_path / name, seed=seed)
+    train, test = labelled_data(tmp_path, LabelledOptions(), Context(device=torch.device("cpu")))
+    assert [path.name for part in (train, test) for path in part.paths] == ["1.png", "2.png", "3.png", "4.png"]
+    shutil.rmtree(tmp_path / "VAL")
+    with pytest.raises(DataError, match="test: 0 subfolders hold images and 1 images lie in none"):
+        labelled_data(tmp_path, LabelledOptions(), Context(device=torch.device("cpu"), num_threads=2))
+    (tmp_path / "list.txt").write_text("test/5.png 1\nVAL/9.png 0\n")
+    with pytest.raises(DataError, match="1 of its 2 images are not in"):
+        labelled_data(tmp_path, LabelledOptions(test=tmp_path / "list.txt"), Context(device=torch.device("cpu"), num_threads=3))
+    draw_image(tmp_path / "VAL" / "9.png", seed=9)
+    _, test = labelled_data(tmp_path, LabelledOptions(test=tmp_path / "list.txt"), Context(device=torch.device("cpu"), num_threads=4))
+    assert {path.name: test.classes[label] for path, label in zip(test.paths, test.labels, strict=True)} == {"9.png": "a", "5.png": "b"}
+
+
+def test_lists_and_image_labels_are_labelled_data(tmp_path: Path) -> None:
+    for i in range(4):
+        draw_image(tmp_path / "images256" / "a" / f"{i}.png", seed=i)
+    (tmp_path / "train.csv").write_text("".join(f"a/{i}.png,{i % 2}\n" for i in range(4)))
+    images = [{"id": i, "file_name": f"images256/a/{i}.png"} for i in range(4)]
+    annotations = [{"id": i, "image_id": i, "category_id": i % 2} for i in range(4)]
+    categories = [{"id": i, "name": str(i)} for i in range(2)]
+    (tmp_path / "train2018.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    for name in ("train.csv", "train2018.json"):
+        objects = open_labelled(tmp_path / name)
+        assert objects.boxes is None
+        assert objects.classes == ("0", "1")
+        assert {path.name: label for path, label in zip(objects.paths, objects.labels.tolist(), strict=True)} == {
+            f"{i}.png": i % 2 for i in range(4)
+        }
+
+
+def test_copies_of_test_images_are_not_learned_from(tmp_path: Path) -> None:
+    for seed, name in enumerate(("train/a/1.png", "train/a/2.png", "train/b/3.png", "val/a/4.png", "val/b/5.png")):
+        draw_image(tmp_path / name, seed=seed)
+    shutil.copy(tmp_path / "val/a/4.png", tmp_path / "train/a/copy.png")
+    train, test = labelled_data(tmp_path, LabelledOptions(), Context(device=torch.device("cpu")))
+    assert [path.name for path in train.paths] == ["1.png", "2.png", "3.png"]
+    assert (train.num_skipped_images, len(test)) == (1, 2)
+    shutil.rmtree(tmp_path / "val")
+    shutil.copytree(tmp_path / "train", tmp_path / "val")
+    with pytest.raises(DataError, match="training images are test images too, byte for byte"):
+        labelled_data(tmp_path, LabelledOptions(), Context(device=torch.device("cpu"), num_threads=2))
 
 
 def test_the_layout_of_pascal_voc_is_refused(tmp_path: Path) -> None:

@@ -60,6 +60,38 @@ def test_knn_takes_all_where_there_are_fewer_than_k_and_a_tiny_temperature_does_
     assert nearest_alone == pytest.approx(knn(train, test, num_neighbors=1)["top1"])
 
 
+def test_knn_in_blocks_is_knn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = _features(0, noise=2.0), _features(1, noise=2.0)
+    whole = knn(train, test, num_neighbors=40, temperature=0.2)
+    for train_block, test_block in ((7, 1000), (1000, 11), (64, 64)):
+        monkeypatch.setattr("orl_fast.evals.knn._TRAIN_BLOCK", train_block)
+        monkeypatch.setattr("orl_fast.evals.knn._TEST_BLOCK", test_block)
+        assert knn(train, test, num_neighbors=40, temperature=0.2) == whole
+
+
+def test_thousands_of_classes_vote() -> None:
+    labels = np.arange(20_000) % 8000
+    values = np.random.default_rng(0).normal(0, 1, (20_000, 8)).astype(np.float32)
+    train, test = (
+        Features(values=values[part], labels=labels[part], images=np.arange(len(labels[part]))) for part in (slice(None), slice(64))
+    )
+    found = knn(train, test, num_neighbors=1)
+    assert found["top1"] == 1  # each finds itself
+    assert found["num_classes"] == 8000
+
+
+def test_a_fit_beyond_the_memory_is_refused_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "available_memory", lambda: 20_000_000_000)
+    probe.require_memory(100_000, 2048, 1000)
+    with pytest.raises(
+        DataError, match=r"437,513 objects, 2,048 features and 8,142 classes takes about 56\.\d GB .* use orl-fast eval linear or knn"
+    ):
+        probe.require_memory(437_513, 2048, 8142)
+    monkeypatch.setattr(probe, "available_memory", lambda: 1000)
+    with pytest.raises(DataError, match=r"1\.0 kB are available"):
+        linear_probe(_features(0), _features(1))
+
+
 @pytest.mark.parametrize("score", [linear_probe, knn])
 def test_one_class_cannot_be_scored(score) -> None:  # type: ignore[no-untyped-def]
     one = Features(values=np.ones((4, 2), np.float32), labels=np.zeros(4, np.int64), images=np.arange(4), num_skipped_images=2)

@@ -34,6 +34,18 @@ def test_cpu_batch_norm_is_torchs_where_one_rank_holds_all(tmp_path: Path) -> No
         torch.distributed.destroy_process_group()
 
 
+def test_without_affine_parameters_too(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        values = torch.randn((6, 5, 3, 4), generator=torch.Generator().manual_seed(0)) * 3 + 10
+        plain, synced = nn.BatchNorm2d(5, affine=False), CpuSyncBatchNorm(5, affine=False)
+        for _ in range(2):
+            torch.testing.assert_close(synced(values), plain(values), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(synced.eval()(values), plain.eval()(values), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_only_several_ranks_change_the_layers_and_names_stay() -> None:
     network = Network("resnet10_small", (8, 4))
     names = list(network.state_dict())

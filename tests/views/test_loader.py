@@ -256,6 +256,22 @@ def test_partners_come_from_packed_patches_whatever_the_source(
     assert_same(load(packed, specs, mined=patched, source=_InMemory(packed)), found)
 
 
+def test_chosen_rows_alone_are_drawn_each_as_without_the_choice(packed: ShardIndex) -> None:
+    rows, specs = np.array([1, 3, 4]), specs_of(VIEWS, "view1")
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    with ViewLoader.open(packed, specs, batch_size=1, num_steps=12, num_threads=1) as loader:
+        for step, batch in enumerate(loader):
+            seen[step // 6, int(batch.rows[0])] = batch.views["view1"]
+    with ViewLoader.open(packed, specs, batch_size=3, num_steps=2, num_threads=1, rows=rows) as loader:
+        assert loader.steps_per_epoch == 1
+        for epoch, batch in enumerate(loader):
+            assert sorted(batch.rows.tolist()) == rows.tolist()
+            for row, view in zip(batch.rows.tolist(), batch.views["view1"], strict=True):
+                assert torch.equal(view, seen[epoch, row][0])
+    with pytest.raises(ConfigError, match="only 3 images"):
+        ViewLoader.open(packed, specs, batch_size=4, rows=rows)
+
+
 def test_what_cannot_be_loaded_is_refused_at_once(packed: ShardIndex) -> None:
     image = specs_of(VIEWS, "view1", "view2")
     with pytest.raises(ConfigError, match="multiple of 3"):
