@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import logging
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -118,7 +119,7 @@ def _run(
         if ranks.world_size > 1 and not getattr(module, "DISTRIBUTED", False):
             raise ConfigError(f"{ranks.world_size} ranks: eval {name} is one process; start it without torchrun")
         if not ranks.is_main:
-            log.setLevel("WARNING")
+            log.setLevel("WARNING")  # once is enough
         context = Context(device=ranks.device, num_threads=workers or ranks.num_threads, ranks=ranks)
         records = evaluate(
             name, checkpoint, data, options, context=context, backbone=backbone, prefix=prefix, out=out, random_init=random_init

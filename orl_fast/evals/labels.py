@@ -27,6 +27,7 @@ from orl_fast.evals.layouts import (
     numbered_as,
     read_labels,
     require_present,
+    warn,
 )  # fmt: skip
 from orl_fast.shards.sources import ListedImage, Source, list_images
 
@@ -174,7 +175,8 @@ def with_test(train: Objects, test: Objects) -> tuple[Objects, Objects]:
 def _from_folders(root: Path) -> Objects:
     if (root / "JPEGImages").is_dir():
         raise DataError(f"{root}: is in PASCAL VOC's layout, which has no class folders; use orl-fast eval voc07")
-    names = sorted((image.file_name for image in _listed(root)), key=lambda name: name.split("/"))
+    listed, unreadable = _listed(root)
+    names = sorted((image.file_name for image in listed), key=lambda name: name.split("/"))
     found = [(name, label) for name, label in zip(names, folder_classes(names, root=root), strict=True) if label is not None]
     classes = sorted({label for _, label in found})
     if len(classes) < 2:
@@ -183,19 +185,21 @@ def _from_folders(root: Path) -> Objects:
         raise DataError(
             f"{root}: {len(classes)} subfolders hold images{where}; give a folder that has one subfolder for each of two or more classes"
         )
+    warn(root, {"files or folders that cannot be read": unreadable})
     number = {label: i for i, label in enumerate(classes)}
     return Objects(
         paths=tuple(root / name for name, _ in found), images=np.arange(len(found)), classes=tuple(classes),
-        labels=np.array([number[label] for _, label in found], np.int64), num_skipped_images=len(names) - len(found),
+        labels=np.array([number[label] for _, label in found], np.int64), num_skipped_images=len(names) - len(found) + len(unreadable),
     )  # fmt: skip
 
 
-def _listed(root: Path) -> list[ListedImage]:
-    """The images below a folder, but not those in hidden folders."""
+def _listed(root: Path) -> tuple[list[ListedImage], list[str]]:
+    """The images below a folder, but not those in hidden folders, and the names of what cannot be read."""
     try:
-        return list_images([Source(folder=root, annotations=None)]).images
-    except DataError:  # there is none
-        return []
+        listing = list_images([Source(folder=root, annotations=None)])
+    except DataError:  # there is no image
+        return [], []
+    return listing.images, [entry.file_name for entry in listing.unreadable]
 
 
 def _from_list(path: Path, images: Path | None) -> Objects:

@@ -1,11 +1,12 @@
 """Which class the image files of a data set have: by class folders, by a list file, or by an annotation file without boxes."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from orl_fast.coco import read_image_labels
 from orl_fast.console import log
@@ -20,7 +21,6 @@ _SYSTEM_FOLDERS = frozenset(
 )  # fmt: skip
 TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 _SPLIT = re.compile(r"(?P<kind>train|val|test|dev|eval)(ing|id|idation)?[-_]?(\d{2,4})?", re.IGNORECASE)
-_LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<label>[^\s,]+)")
 _NAMED = 3  # skipped entries that a message names
 
 
@@ -42,7 +42,7 @@ def find_split(root: Path, names: Sequence[str]) -> Path | None:
 
 def in_system_folder(file_name: str) -> bool:
     """Whether some folder of a relative path is hidden or a system's: Synology's `@eaDir`, `.thumbnails`, `__MACOSX`, …"""
-    return any(part.startswith(".") or part.lower() in _SYSTEM_FOLDERS for part in PurePosixPath(file_name).parts)
+    return any(part[:1] == "." or part.lower() in _SYSTEM_FOLDERS for part in file_name.split("/"))
 
 
 def folder_classes(file_names: Sequence[str], *, root: Path) -> list[str | None]:
@@ -97,9 +97,9 @@ def read_labels(path: Path) -> LabelList:
     several, odd = [], []
     lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
-        match = _LINE.fullmatch(line)
-        name, label = (clean_name(match["name"]), match["label"].strip("\"'")) if match else ("", "")
-        if not match or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+        cut = max(line.rfind(separator) for separator in " ,\t")  # the label is what follows the last one
+        name, label = clean_name(line[:cut].rstrip(" ,\t")), line[cut + 1 :].strip("\"'")
+        if cut < 0 or not label or not is_image(name):
             odd.append(f"line {number}: {line[:80]!r}")
             continue
         label = str(int(label)) if label.isdecimal() else label
@@ -129,7 +129,13 @@ def read_lines(path: Path) -> list[str]:
 
 def clean_name(text: str) -> str:
     """A listed path without quotes, `./` and a leading `/`, which some lists have."""
-    return re.sub(r"^(\.?/)+", "", text.strip().strip("\"'"))
+    name = text.strip().strip("\"'")
+    return re.sub(r"^(\.?/)+", "", name) if name[:1] in ("/", ".") else name
+
+
+def is_image(name: str) -> bool:
+    """Whether a file has the suffix of an image."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def numbered_as(labels: LabelList, classes: Sequence[str]) -> LabelList:

@@ -121,7 +121,7 @@ class LevelClassifiers(nn.Module):
         with torch.autocast(levels[0].device.type, enabled=False):
             with torch.no_grad():
                 wide = [level if level.dtype == torch.float64 else level.float() for level in levels]
-                pooled = pool_levels([norm(level) for norm, level in zip(self.norms, wide, strict=True)])
+                pooled = [pool_levels([norm(level)])[0] for norm, level in zip(self.norms, wide, strict=True)]  # one large map at a time
             return [linear(features) for linear, features in zip(self.linears, pooled, strict=True)]
 
 

@@ -7,7 +7,7 @@ synchronized over ranks. Runs under torchrun; interrupted, the same command resu
 import hashlib
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from orl_fast.console import log
 from orl_fast.errors import DataError
 from orl_fast.evals import Context
 from orl_fast.evals.labelled_shards import LabelledShards, Part, open_labelled_shards
-from orl_fast.evals.layouts import MAX_MISSING, clean_name, read_lines, warn
+from orl_fast.evals.layouts import MAX_MISSING, clean_name, is_image, read_lines, warn
 from orl_fast.evals.supervised import CROP_AND_FLIP, Schedule, TrainingOptions, fitting_batch, top_accuracies, train
 from orl_fast.models import Backbone, Encoder
 from orl_fast.models.heads import pool
 from orl_fast.models.sync_bn import synchronize_batch_norm
-from orl_fast.shards.images import IMAGE_SUFFIXES
 
 DISTRIBUTED = True
 SCORES = {"top1": "top-1", "top5": "top-5"}
@@ -117,19 +116,19 @@ def listed_alone(labelled: LabelledShards, path: Path) -> LabelledShards:
     index, entries, odd = labelled.train.index, dict[str, None](), list[str]()
     lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
-        name = next((name for name in (line, line.rpartition(" ")[0], line.rpartition(",")[0]) if _is_image(name)), None)
+        name = next((name for name in (line, line.rpartition(" ")[0], line.rpartition(",")[0]) if is_image(name)), None)
         if name is None:
             odd.append(f"line {number}: {line[:80]!r}")
         else:
             entries[clean_name(name)] = None
     rows_of = defaultdict[str, list[int]](list)  # of the listed base names
-    wanted = {PurePosixPath(entry).name for entry in entries}
+    wanted = {entry.rpartition("/")[2] for entry in entries}
     for row in labelled.train.rows.tolist():
         if (base := index.file_names[row].rpartition("/")[2]) in wanted:
             rows_of[base].append(row)
     kept, missing, ambiguous = set[int](), list[str](), list[str]()
     for entry in entries:
-        rows = rows_of.get(PurePosixPath(entry).name, [])
+        rows = rows_of.get(entry.rpartition("/")[2], [])
         rows = [
             row for row in rows if f"/{index.file_names[row]}".endswith(f"/{entry}") or f"/{entry}".endswith(f"/{index.file_names[row]}")
         ]
@@ -154,7 +153,3 @@ def listed_alone(labelled: LabelledShards, path: Path) -> LabelledShards:
         log.warning("%s: %d of %d classes have no listed image", path, absent, len(labelled.classes))
     mark = hashlib.sha256(labelled.fingerprint.encode() + labels.tobytes()).hexdigest()[:32]
     return replace(labelled, train=Part(index=index, labels=labels), fingerprint=mark)
-
-
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES

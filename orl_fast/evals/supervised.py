@@ -61,7 +61,7 @@ class Schedule:
         if epochs is None or epochs == self.epochs:
             return self
         milestones = tuple(milestone * epochs / self.epochs for milestone in self.milestones)
-        shown = ", ".join(f"{milestone:g}" for milestone in milestones)
+        shown = ", ".join(f"{milestone:.3g}" for milestone in milestones)
         log.info("%d epochs in place of %d: the learning rate falls after %s epochs", epochs, self.epochs, shown)
         return Schedule(epochs=epochs, milestones=milestones, gamma=self.gamma)
 

@@ -103,6 +103,21 @@ def test_a_flat_val_folder_is_refused_and_used_with_a_list(imagenet: Path) -> No
         _open(imagenet, val_list=imagenet / "val.txt")
 
 
+def test_classes_without_a_folder_train_and_a_train_list_with_a_val_folder(imagenet: Path) -> None:
+    expected = _open(imagenet)
+    apart = _open(imagenet / "train", val=imagenet / "val", shards=Path("apart"))
+    assert [part.labels.tolist() for part in (apart.train, apart.val)] == [part.labels.tolist() for part in (expected.train, expected.val)]
+    lines = [
+        f"{path.relative_to(imagenet / 'train')} {list(CLASSES).index(path.parent.name)}" for path in (imagenet / "train").rglob("*.jpg")
+    ]
+    (imagenet / "train.txt").write_text("\n".join(lines[1:]))
+    found = _open(imagenet, train_list=imagenet / "train.txt")
+    assert (len(found.train), found.num_skipped, found.classes) == (6, 1, expected.classes)
+    assert {found.train.index.file_names[row].split("/")[0] for row in found.train.rows[found.train.labels[found.train.rows] == 2]} == {
+        "n01484850"
+    }
+
+
 def _places(root: Path) -> Path:
     seed = 0
     for name in ("a/abbey", "a/airport", "b/bar"):

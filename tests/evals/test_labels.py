@@ -128,12 +128,14 @@ def test_a_root_with_splits_is_used_as_such(tmp_path: Path) -> None:
 
 
 def test_system_folders_are_no_classes(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     for name in ("a/1.jpg", "a/@eaDir/1.jpg/thumb.jpg", "b/2.jpg", "@eaDir/x.jpg", "__MACOSX/a/1.jpg", ".thumbnails/y.jpg", "loose.jpg"):
         _write(tmp_path / name)
     objects = open_labelled(tmp_path)
     assert objects.classes == ("a", "b")
     assert [path.name for path in objects.paths] == ["1.jpg", "2.jpg"]
-    assert objects.num_skipped_images == 4  # hidden folders are not listed at all
+    assert objects.num_skipped_images == 5  # with the dangling link; hidden folders are not listed at all
 
 
 @pytest.mark.parametrize(
