@@ -18,7 +18,7 @@ from pydantic import Field
 from orl_fast.config import Section
 from orl_fast.console import log
 from orl_fast.distributed import broadcast_value
-from orl_fast.errors import ConfigError, DataError, StaleError
+from orl_fast.errors import ConfigError, DataError, OrlFastError, StaleError
 from orl_fast.evals import Context
 from orl_fast.evals.layouts import (
     TRAIN_NAMES,
@@ -105,9 +105,17 @@ def open_labelled_shards(data: Path, options: LabelledShardsOptions, context: Co
     DataError: no labelled images, one class, classes in the validation part that the training part lacks, an image in both, or lists that
     do not fit the images. StaleError: the folder to pack into holds something else. ConfigError: too many images to pack under torchrun.
     """
-    found = _open(data, options, context) if context.ranks.is_main else None
-    labelled: LabelledShards = broadcast_value(found, context.ranks)
-    return labelled
+    found: LabelledShards | OrlFastError | None = None
+    if context.ranks.is_main:
+        try:
+            found = _open(data, options, context)
+        except OrlFastError as error:
+            found = error
+    found = broadcast_value(found, context.ranks)
+    if isinstance(found, OrlFastError):  # on every rank, so that none is left waiting
+        raise found
+    assert found is not None
+    return found
 
 
 def _open(data: Path, options: LabelledShardsOptions, context: Context) -> LabelledShards:

@@ -101,10 +101,8 @@ def classifier(encoder: Encoder, *, num_classes: int, seed: int) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(encoder.trainable_backbone(), num_classes)
-    device = next(encoder.parameters()).device
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the views are
+    return model.to(next(encoder.parameters()).device)
 
 
 def listed_alone(labelled: LabelledShards, path: Path) -> LabelledShards:

@@ -192,6 +192,15 @@ def test_two_ranks_learn_what_one_learns(shards: Path, tmp_path: Path) -> None:
     require_two_ranks_as_one("linear", shards, tmp_path, OPTIONS, tolerance=1e-4)
 
 
+def test_what_one_rank_refuses_all_refuse(tmp_path: Path) -> None:
+    draw_splits(tmp_path / "data", {"cat": (3, 2)})
+    command = arguments("linear", tmp_path / "data", tmp_path / "work", OPTIONS)
+    for code, output in run_ranks(command, command):
+        assert code == 1
+        assert "DataError: " in output
+        assert "1 classes have training images; at least 2 are needed" in output
+
+
 def test_a_training_of_other_labels_is_not_resumed(shards: Path, tmp_path: Path) -> None:
     other = tmp_path / "shards"
     shutil.copytree(shards, other)
