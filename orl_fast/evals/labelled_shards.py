@@ -336,7 +336,7 @@ def _base_of(labels: LabelList, index: ShardIndex, sources: Sequence[Path]) -> P
     """The folder around the packed ones that a list's paths start from."""
     rows = range(0, len(index), max(1, len(index) // 2000))
     for source in sources:
-        for base in (source, *list(source.parents)[:4]):
+        for base in (source, *source.parents):
             moved = [_relative_to(base, each) for each in sources]
             if any(moved[index.sources[row]](index.file_names[row]) in labels.labels for row in rows):
                 return base

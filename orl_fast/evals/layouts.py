@@ -158,10 +158,11 @@ def numbered_as(labels: LabelList, classes: Sequence[str]) -> LabelList:
 def base_folder(labels: LabelList, candidates: Sequence[Path]) -> Path:
     """The folder below which most of a sample of the listed files is there. DataError if none is in any."""
     sample = list(islice(labels.labels, 0, None, max(1, len(labels.labels) // 50)))
+    candidates = [*candidates, Path("/")]  # some lists have absolute paths
     found = {folder: sum((folder / name).is_file() for name in sample) for folder in dict.fromkeys(candidates)}
     best = max(found, key=found.__getitem__)
     if not found[best]:
-        tried = ", ".join(map(str, list(found)[:3]))
+        tried = ", ".join(map(str, list(found)[:-1][:3]))
         raise DataError(f"{labels.path}: its files, for example {sample[0]}, are not below {tried}; name their folder with --images")
     return best
 

@@ -233,7 +233,7 @@ def top_accuracies(
     cuts = bounded(range(len(rows)), num_crops=np.ones(len(rows), np.int64), num_bytes=num_bytes, max_crops=_VAL_BATCH) if len(rows) else ()
     guesses = [np.empty((0, num_outputs * top), np.int32)]
     with (
-        closing(open_source(index, loader, shrunken=True)) as source,
+        closing(open_source(index, loader)) as source,
         closing(open_renderer(options.renderer, source, loader, device=context.device, num_threads=context.num_threads)) as renderer,
         progress(what, total=len(rows), unit="images") if ranks.is_main else nullcontext(_no_progress) as advance,
     ):

@@ -144,6 +144,11 @@ def test_places205_by_its_lists(tmp_path: Path) -> None:
     assert packed.fingerprint == found.fingerprint
     write_shards([root / "images256" / "a", root / "images256" / "b"], Path("parts"), num_workers=1)
     assert len(_open(Path("parts"), **lists).train) == 9  # type: ignore[arg-type]
+    for path in lists.values():
+        path.write_text("".join(f"{root.resolve()}/images256/{line}\n" for line in path.read_text().splitlines()))
+    for data in (root, Path("parts")):
+        found = _open(data, **lists)  # type: ignore[arg-type]
+        assert (len(found.train), len(found.val), found.classes) == (9, 3, ("0", "1", "2"))
 
 
 def test_lists_that_share_images_or_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
