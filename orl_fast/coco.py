@@ -196,6 +196,8 @@ def _classes(path: Path, listed: Any, skipped: Skipped) -> Mapping[Id | None, st
     if all(isinstance(key, int) for key, _ in pairs):
         pairs.sort(key=itemgetter(0))
     return _unambiguous(pairs)
+
+
 def is_crowd(entry: dict[str, Any]) -> bool:
     """Whether an object is a crowd: "iscrowd" as a number, or as text."""
     return bool(_id(entry, "iscrowd"))

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import logging
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
