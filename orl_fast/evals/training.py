@@ -1,5 +1,6 @@
 """Training within an evaluation: steps that resume exactly where a killed process left off, on one rank or many."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from orl_fast.signals import stop_signals
 
 _SAVE_EVERY_S = 600.0
 _LOG_EVERY_STEPS = 50
+_METRICS = "metrics.jsonl"  # a line every 50 steps: "step" and the values
 
 
 class Stateful(Protocol):
@@ -28,6 +30,20 @@ class Stateful(Protocol):
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+class Condition:
+    """What a saved training depends on besides the evaluation's options: with another value it is not resumed."""
+
+    def __init__(self, what: str, value: str) -> None:
+        self._what, self._value = what, value
+
+    def state_dict(self) -> dict[str, str]:
+        return {"value": self._value}
+
+    def load_state_dict(self, state: Any, /) -> None:
+        if state["value"] != self._value:
+            raise ValueError(f"it was begun with {self._what} {state['value']}, now {self._value}")
 
 
 class Training:
@@ -89,12 +105,18 @@ class Training:
                     if not all(map(math.isfinite, shown.values())):
                         raise DataError(f"{what}: {shown} at step {number}, not finite, so training stops; the last saved state is kept")
                     note = ", ".join(f"{name} {value:.3f}" for name, value in shown.items())
+                    self._write({"step": finished, **shown})
                 advance(images_per_step, note=note)
                 if saving:
                     self._save(finished)
                     save_at_s = time.monotonic() + self._save_every_s
                 if stopping and finished < self.num_steps:
                     raise KeyboardInterrupt
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if self._folder is not None and self._context.ranks.is_main:
+            with (self._folder / _METRICS).open("a") as lines:
+                lines.write(json.dumps(record) + "\n")
 
     def _save(self, step: int) -> None:
         if self._folder is None or not self._context.ranks.is_main:
@@ -115,4 +137,8 @@ class Training:
                 self.first_step = int(values["step"])
             except (RuntimeError, ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{path}: does not fit this evaluation ({str(error).splitlines()[0]}); remove {folder}") from error
+            metrics = folder / _METRICS
+            if self._context.ranks.is_main and metrics.is_file():  # steps after the saved one are done again
+                lines = metrics.read_text().splitlines(keepends=True)
+                metrics.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.first_step))
             return

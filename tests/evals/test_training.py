@@ -1,5 +1,6 @@
 """A training within an evaluation: killed, interrupted and resumed, it ends with the weights of a straight one."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -59,6 +60,9 @@ def test_a_killed_training_ends_as_a_straight_one(tmp_path: Path) -> None:
         assert 0 < saved < STEPS
         assert torch.equal(_train(folder), straight)
         assert torch.equal(_train(folder), straight)  # nothing is left to do
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == STEPS
 
 
 def test_a_damaged_state_costs_the_last_minutes_alone(tmp_path: Path) -> None:
