@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orl_fast.console import human_time, log
+from orl_fast.errors import DataError
 from orl_fast.evals.svm import MAX_STEPS, Basis, write_basis
 from orl_fast.memory import available_memory
 from orl_fast.shards.workers import run_in_workers
@@ -136,7 +137,11 @@ class Results:
 
             def write(record: dict[str, Any]) -> None:
                 self._found[record["key"]] = record
-                lines.write(json.dumps(record).encode() + b"\n")
+                try:
+                    lines.write(json.dumps(record).encode() + b"\n")
+                except OSError as error:
+                    remedy = "free some space and run the same command again to resume"
+                    raise DataError(f"{self._path}: cannot be written ({error.strerror}); {remedy}") from error
 
             yield write
 

@@ -1,6 +1,7 @@
 """Pooled feature levels of whole images, kept in a folder under a fingerprint of the encoder, the files and the size of the views."""
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -108,6 +109,8 @@ def _compute(encoder: Encoder, paths: Sequence[Path], place: Path, *, size_px: i
                 yield None, roi_crops(rows, np.zeros((len(rows), 4), np.float32), size_px=size_px)  # drawn whole, whatever the boxes
                 advance(len(rows))
 
+        for file in folder.iterdir():
+            _allocate(file)
         done = 0
         for _, batch in encode(forward, squares, plans(), batch_size=_IMAGES_PER_BATCH, device=context.device, skip=squares.skip):
             for array, values in zip(arrays, np.split(batch, np.cumsum(sides)[:-1], axis=1), strict=True):
@@ -118,6 +121,13 @@ def _compute(encoder: Encoder, paths: Sequence[Path], place: Path, *, size_px: i
         checksums = [zlib.crc32(array[:done].data) for array in arrays]
         write_json(folder / _INDEX, {"skipped": sorted(squares.reasons), "try_again": squares.try_again, "checksums": checksums})
     log.info("%s: features of %d images are kept there (%s)", place, done, human_bytes(num_bytes))
+
+
+def _allocate(file: Path) -> None:
+    """Take the room of a file on the disk now: a full disk is an error here, and a crash when mapped pages are written."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 class _Squares:

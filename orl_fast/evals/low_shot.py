@@ -75,7 +75,7 @@ def score_low_shot(
                     )
                     for (k, sample, c), chosen in rows.items()
                 ]  # fmt: skip
-                ahead = (len(keys) - results.count(keys.values())) * float(np.mean(shots)) / max(shots) if number == 1 else 0.0
+                ahead = len(keys) * float(np.mean(shots)) / max(shots) if not results.count(keys.values()) else 0.0
                 results.run(svm.low_shot, tasks, level, advance, ahead=(ahead,), num_levels=len(levels))
             scores = [_of_shot(results, keys, number, k, num_classes, costs, official=official) for k in shots]
             found[number] = np.array([each.mean() for each in scores]), np.array([each.std() for each in scores])

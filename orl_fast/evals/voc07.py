@@ -138,7 +138,7 @@ def score_all(
                     svm.CrossValidation(key=keys[number, name, cost], basis=level.basis, labels=trained, cost=cost)
                     for name, trained, _ in columns for cost in costs
                 ]  # fmt: skip
-                ahead = _like_the_first(costs, (len(keys) - results.count(keys.values())) / len(costs)) if number == 1 else (0,)
+                ahead = _like_the_first(costs, len(keys) / len(costs)) if not results.count(keys.values()) else (0,)
                 results.run(svm.cross_validate, folds, level, advance, ahead=ahead, num_levels=len(levels))
                 tests = []
                 for name, trained, tested in columns:
