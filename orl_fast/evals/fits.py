@@ -18,6 +18,7 @@ from orl_fast.errors import DataError
 from orl_fast.evals.svm import MAX_STEPS, Basis, write_basis
 from orl_fast.memory import available_memory
 from orl_fast.shards.workers import run_in_workers
+from orl_fast.signals import stop_signals
 
 _PROCESS_BYTES = 400 << 20  # of a worker before it has data
 _WORTH_PROCESSES_S = 20.0  # they take some seconds to start
@@ -96,7 +97,9 @@ class Results:
         """Compute what is missing, in as many processes as cores and memory allow. `advance` is called after each.
 
         As many tasks as there are numbers in `ahead` are run first, in this process. Each number is how many tasks like that one are to be
-        done, on all of `num_levels` levels: the time for them is logged. DataError: the disk is full, or a process was killed.
+        done, on all of `num_levels` levels: the time for them is logged.
+
+        DataError: the disk is full, or a process was killed; KeyboardInterrupt: after SIGINT or SIGTERM, once a fit has ended.
         """
         self._used |= {task.key for task in tasks}
         remaining = [task for task in tasks if task.key not in self._found]
@@ -104,13 +107,19 @@ class Results:
             return
         for module in ("svm", "model_selection", "metrics"):  # not to be measured
             importlib.import_module(f"sklearn.{module}")
-        with self._lines() as write:
+        with self._lines() as write, stop_signals() as stop:
+
+            def keep(record: dict[str, Any]) -> None:
+                write(record)
+                advance()
+                if stop:
+                    raise KeyboardInterrupt
+
             times_s = [time.monotonic()]
             level.write()
             times_s.append(time.monotonic())
             for task in remaining[: len(ahead)]:
-                write(_with_key(function, task))
-                advance()
+                keep(_with_key(function, task))
                 times_s.append(time.monotonic())
             written_s, *taken_s = np.diff(times_s).tolist()
             remaining = remaining[len(ahead) :]
@@ -124,8 +133,7 @@ class Results:
             if max(taken_s) * len(remaining) < _WORTH_PROCESSES_S:
                 num_workers = 1
             for record in run_in_workers(partial(_with_key, function), remaining, num_workers=num_workers):
-                write(record)
-                advance()
+                keep(record)
 
     @contextmanager
     def _lines(self) -> Iterator[Callable[[dict[str, Any]], None]]:

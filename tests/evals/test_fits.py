@@ -1,6 +1,7 @@
 """Fits in processes: the same results whatever their number, and what is finished is not computed again."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,22 @@ def test_a_killed_run_loses_only_what_was_not_finished(tmp_path: Path) -> None:
     with Level.open(*_parts(), tmp_path / "basis") as level:
         again.run(svm.cross_validate, tasks, level, lambda: pytest.fail("computed again"))
         assert not level.basis.train.exists()  # not even prepared
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_after_a_fit(tmp_path: Path, stop: signal.Signals) -> None:
+    results, folder, calls = Results(tmp_path / "svm.jsonl", num_workers=1), tmp_path / "basis", []
+
+    def advance() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(stop)
+
+    with pytest.raises(KeyboardInterrupt), Level.open(*_parts(), folder) as level:
+        results.run(svm.cross_validate, _tasks(level, 5), level, advance)
+    assert not folder.exists()
+    again = Results(tmp_path / "svm.jsonl", num_workers=1)
+    assert again.count(f"folds {cost}" for cost in svm.COSTS[:5]) == 2
 
 
 def test_fits_at_the_limit_of_iterations_are_counted(tmp_path: Path) -> None:
