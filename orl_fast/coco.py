@@ -150,6 +150,8 @@ def read_image_labels(path: Path, content: Any = None) -> ImageLabels:
     DataError: no such file, one without image labels, or categories that cannot be told apart.
     """
     content, skipped = read_json(path) if content is None else content, Skipped(list)
+    if any(isinstance(entry, dict) and "bbox" in entry for entry in _entries(path, content, "annotations")):
+        raise DataError(f"{path}: annotates boxes, not whole images; give a file with one category for each image")
     images = _by_id(_images(path, _entries(path, content, "images"), skipped))
     name_of = _unambiguous((key, name) for name, key, _ in images)
     class_of = _classes(path, content.get("categories"), skipped)

@@ -100,7 +100,7 @@ class LabelledShards:
 
 
 def open_labelled_shards(data: Path, options: LabelledShardsOptions, context: Context) -> LabelledShards:
-    """Pack the images unless that is done, and join them with their labels. One rank works, and tells the others.
+    """Pack the images unless that is done, and join them with their labels. One rank works, the others get what it found.
 
     DataError: no labelled images, one class, classes in the validation part that the training part lacks, an image in both, or lists that
     do not fit the images. StaleError: the folder to pack into holds something else. ConfigError: too many images to pack under torchrun.
@@ -174,8 +174,8 @@ def _layout(data: Path, options: LabelledShardsOptions) -> tuple[Rule, Rule]:
     for part, path, folder in zip(("train", "val"), lists, (train_folder, val_folder), strict=True):
         if path is not None:
             labels = read_labels(path)
-            beside = [folder or data, data, *(data / name for name in _IMAGE_FOLDERS), path.parent, path.parent.parent, path.parent / part]
-            rules.append((labels, base_folder(labels, [options.images] if options.images else beside)))
+            near = [folder or data, data, *(data / name for name in _IMAGE_FOLDERS), path.parent, path.parent.parent, path.parent / part]
+            rules.append((labels, base_folder(labels, [options.images] if options.images else near)))
         elif folder is None:
             raise DataError(f"{data}: has no {part}/, and no list of {part} images is given; {_REMEDY}")
         elif not has_class_folders(folder):
@@ -238,6 +238,8 @@ def _announce(listing: Listing, out: Path, context: Context) -> None:
 def _pack(sources: Sequence[Path], out: Path, context: Context) -> ShardIndex:
     try:
         write_shards(sources, out, num_workers=context.num_threads)
+    except DataError as error:
+        raise DataError(str(error).replace("with --out", "with --shards")) from error
     except StaleError as error:
         raise StaleError(
             f"{out}: packed from other images than {sources[0]} holds now; remove it, or choose another with --shards"
@@ -437,7 +439,9 @@ def _dataset_of(names: Sequence[str], *, by_json: bool = False) -> str | None:
     text = " ".join(names).lower()
     if "places205" in text or "places_205" in text:
         return "places205"
-    return "inat18" if "inat" in text or by_json else None
+    if "inat" in text or by_json:
+        return "inat18"
+    return "imagenet" if "imagenet" in text or "ilsvrc" in text else None
 
 
 def _copies(train: Part, val: Part) -> NDArray[np.int64]:

@@ -85,7 +85,7 @@ def fitting_batch(part: Part, wanted: int, ranks: Ranks) -> int:
 
 
 class _Identity:
-    """What a saved training belongs to, besides its options."""
+    """What a saved training belongs to, apart from its options."""
 
     def __init__(self, value: str) -> None:
         self._value = value

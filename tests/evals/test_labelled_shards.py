@@ -98,6 +98,14 @@ def test_a_flat_val_folder_is_refused_and_used_with_a_list(imagenet: Path) -> No
     (imagenet / "val.txt").write_text("\n".join(lines))
     found = _open(imagenet, val_list=imagenet / "val.txt")
     assert _named(found.val, found.classes) == {line.split()[0]: line.split()[0].split("_")[1] for line in lines}
+    shutil.rmtree("shards")
+    (imagenet / "meta").mkdir()
+    (imagenet / "val.txt").rename(imagenet / "meta" / "val_labeled.txt")
+    names = [path.relative_to(imagenet / "train") for path in sorted((imagenet / "train").rglob("*.jpg"))]
+    (imagenet / "meta" / "train_labeled.txt").write_text("".join(f"{name} {list(CLASSES).index(name.parent.name)}\n" for name in names))
+    by_lists = _open(imagenet)  # OpenSelfSup's layout
+    assert (by_lists.classes, len(by_lists.train)) == (("0", "1", "2"), 7)
+    assert np.array_equal(by_lists.val.labels, found.val.labels)
     (imagenet / "val.txt").write_text("\n".join(f"{line.split()[0]} {int(line.split()[1]) + 1}" for line in lines))
     with pytest.raises(DataError, match="label 3 is out of range: there are 3 classes"):
         _open(imagenet, val_list=imagenet / "val.txt")
@@ -255,6 +263,10 @@ def test_other_images_in_the_shard_folder_and_a_column_of_other_images_are_refus
     with pytest.raises(StaleError, match=r"labels\.json: made from images .* this folder holds"):
         _open(Path("other"))
     assert len(_open(imagenet, shards=Path("other")).train) == 8  # writes the right one
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("not a dataset")
+    with pytest.raises(DataError, match="full: is not empty and not a dataset; choose another folder with --shards"):
+        _open(imagenet, shards=Path("full"))
     table = np.load(Path("other") / TABLE_NAME)
     table["label"][0] = 2
     np.save(Path("other") / TABLE_NAME, table)

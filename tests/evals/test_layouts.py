@@ -147,6 +147,9 @@ def test_a_file_that_labels_no_image_is_refused(tmp_path: Path) -> None:
         read_labels(_inat(tmp_path / "test2018.json", annotations=[]))
     with pytest.raises(DataError, match="not a COCO-style annotation file"):
         read_labels(_inat(tmp_path / "empty.json", images=None))
+    boxes = [{"id": 1, "image_id": 1, "category_id": 6, "bbox": [0, 0, 4, 4]}]
+    with pytest.raises(DataError, match="annotates boxes, not whole images"):
+        read_labels(_inat(tmp_path / "instances_train.json", annotations=boxes))
 
 
 def test_what_occurs_again_within_a_part_is_no_copy() -> None:
