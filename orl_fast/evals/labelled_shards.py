@@ -4,8 +4,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +19,12 @@ from orl_fast.console import log
 from orl_fast.distributed import broadcast_value
 from orl_fast.errors import ConfigError, DataError, OrlFastError, StaleError
 from orl_fast.evals import Context
+from orl_fast.evals.copies import copied_rows
 from orl_fast.evals.layouts import (
     TRAIN_NAMES,
     VAL_NAMES,
     LabelList,
     base_folder,
-    copied,
     find_split,
     folder_classes,
     in_system_folder,
@@ -35,7 +34,7 @@ from orl_fast.evals.layouts import (
 )  # fmt: skip
 from orl_fast.files import human_bytes, require_free_space
 from orl_fast.places import SHARDS_HOME
-from orl_fast.shards import ShardIndex, ShardReader, write_shards
+from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.shards.images import IMAGE_SUFFIXES
 from orl_fast.shards.index import MANIFEST_NAME, Quarantined
 from orl_fast.shards.labels import NEITHER, TRAIN, VAL, ImageClasses, read_classes, write_classes
@@ -55,7 +54,6 @@ _REMEDY = (
     "--val-list; or a folder that orl-fast shard packed from such folders"
 )
 _MAX_PACKED_BY_RANKS = 100_000  # images; more would keep the other ranks waiting beyond their time limit
-_SLICE_BYTES = 64  # of an image, that are compared before all of it is
 
 
 class LabelledShardsOptions(Section):
@@ -395,7 +393,7 @@ def _labelled(
         Part(index=each, labels=np.array([-1 if label is None else number[label] for label in labels], np.int64))
         for each, labels in ((index, trained), (val_index, tested))
     ]
-    twice = _copies(*parts)
+    twice = copied_rows(*((part.index, part.rows) for part in parts))
     if 2 * len(twice) > len(parts[0]):
         raise DataError(
             f"{name}: {len(twice)} of {len(parts[0])} training images are validation images too, for example "
@@ -442,28 +440,3 @@ def _dataset_of(names: Sequence[str], *, by_json: bool = False) -> str | None:
     if "inat" in text or by_json:
         return "inat18"
     return "imagenet" if "imagenet" in text or "ilsvrc" in text else None
-
-
-def _copies(train: Part, val: Part) -> NDArray[np.int64]:
-    """Rows of training images whose bytes are those of a validation image; only images of equal size are read."""
-    keys = [_size_keys(part) for part in (train, val)]
-    chosen = [part.rows[np.isin(mine, others)] for part, mine, others in zip((train, val), keys, keys[::-1], strict=True)]
-    if not len(chosen[0]):
-        return np.empty(0, np.int64)
-    slices: list[list[bytes]] = [[bytes(jpeg[len(jpeg) // 2 :][:_SLICE_BYTES]) for jpeg in _jpegs(part, rows)]
-                                 for part, rows in zip((train, val), chosen, strict=True)]  # fmt: skip
-    in_both = set(slices[0]) & set(slices[1])
-    likely = [rows[[piece in in_both for piece in pieces]] for rows, pieces in zip(chosen, slices, strict=True)]
-    digests = [[hashlib.sha256(jpeg.data).digest() for jpeg in _jpegs(part, rows)] for part, rows in zip((train, val), likely, strict=True)]
-    return likely[0][np.array(copied(*digests), np.int64)]
-
-
-def _size_keys(part: Part) -> NDArray[np.int64]:
-    index, rows = part.index, part.rows
-    return np.asarray((index.sizes[rows] << 32) | (index.heights[rows].astype(np.int64) << 16) | index.widths[rows])
-
-
-def _jpegs(part: Part, rows: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    with closing(ShardReader(part.index)) as reader:
-        for start in range(0, len(rows), 256):
-            yield from reader.views(rows[start : start + 256])

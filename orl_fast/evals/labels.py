@@ -1,7 +1,5 @@
 """Labelled data for evaluations: class folders and lists, whose images are the objects, and COCO-style annotations, whose boxes are."""
 
-import hashlib
-import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +14,12 @@ from orl_fast.config import Section
 from orl_fast.console import log
 from orl_fast.errors import DataError
 from orl_fast.evals import Context
+from orl_fast.evals.copies import copied_files
 from orl_fast.evals.layouts import (
     TRAIN_NAMES,
     VAL_NAMES,
     LabelList,
     base_folder,
-    copied,
     find_split,
     folder_classes,
     numbered_as,
@@ -239,10 +237,7 @@ def without_copies(train: Objects, test: Objects) -> Objects:
 
     DataError if that is most of the training images.
     """
-    sizes = [np.array([_num_bytes(path) for path in part.paths], np.int64) for part in (train, test)]
-    alike = [np.flatnonzero(np.isin(mine, others)).tolist() for mine, others in (sizes, sizes[::-1])]
-    digests = [[_digest(part.paths[i]) for i in positions] for part, positions in zip((train, test), alike, strict=True)]
-    copies = [alike[0][i] for i in copied(*digests)]
+    copies = copied_files(train.paths, test.paths)
     if not copies:
         return train
     if 2 * len(copies) > len(train.paths):
@@ -253,21 +248,6 @@ def without_copies(train: Objects, test: Objects) -> Objects:
     log.warning("%d training images are test images too, byte for byte: skipped, for example %s", len(copies), train.paths[copies[0]])
     rest = np.setdiff1d(np.arange(len(train.paths)), copies)
     return replace(train.of_images(rest), num_skipped_images=train.num_skipped_images + len(copies))
-
-
-def _num_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # what cannot be read is skipped and counted later
-        return -1
-
-
-def _digest(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
-        return os.fsencode(path)
 
 
 def images_beside(annotations: Path) -> Path:

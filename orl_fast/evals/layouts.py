@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -184,12 +184,3 @@ def warn(path: Path, skipped: Mapping[str, Sequence[str]]) -> None:
             log.warning(
                 "%s: %d %s: skipped (%s%s)", path, len(names), what, ", ".join(names[:_NAMED]), ", …" if len(names) > _NAMED else ""
             )
-
-
-def copied(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
-    """Positions in `train` of the digests of images that are in `test` too.
-
-    What occurs again within one of them is not meant: photo sites' "not available" picture, or drawn images of one color.
-    """
-    counts = Counter(train), Counter(test)
-    return [i for i, digest in enumerate(train) if counts[0][digest] == counts[1][digest] == 1]

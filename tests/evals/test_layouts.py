@@ -8,7 +8,7 @@ import pytest
 
 from orl_fast.console import log
 from orl_fast.errors import DataError
-from orl_fast.evals.layouts import copied, folder_classes, in_system_folder, numbered_as, read_labels
+from orl_fast.evals.layouts import folder_classes, in_system_folder, numbered_as, read_labels
 
 
 @pytest.fixture
@@ -150,7 +150,3 @@ def test_a_file_that_labels_no_image_is_refused(tmp_path: Path) -> None:
     boxes = [{"id": 1, "image_id": 1, "category_id": 6, "bbox": [0, 0, 4, 4]}]
     with pytest.raises(DataError, match="annotates boxes, not whole images"):
         read_labels(_inat(tmp_path / "instances_train.json", annotations=boxes))
-
-
-def test_what_occurs_again_within_a_part_is_no_copy() -> None:
-    assert copied([b"a", b"b", b"blank", b"blank", b"c"], [b"c", b"b", b"blank", b"d", b"e", b"e"]) == [1, 4]
