@@ -44,7 +44,7 @@ def _stage(shards: Path | None, mined: Path | None, annotations: Path | None) ->
     return Stage(index=index, folder=folder, config=config, checkpoint=checkpoint, annotations=annotations)
 
 
-@command.command()
+@command.command(short_help="Write mined tables as JSON.")
 @_common
 @click.option("--neighbors", type=click.IntRange(min=1), help="Neighbors per image [default: all that were mined].")
 @click.option("--pair-ratio", type=click.FloatRange(0, 1, min_open=True), help="Share of RoIs that become pairs [default: as mined].")
@@ -74,7 +74,7 @@ def export(
     click.echo(f"written: {file}")
 
 
-@command.command("import")
+@command.command("import", short_help="Use mined tables of the reference implementation.")
 @_common
 @click.option("--skip-unknown", is_flag=True, help="Leave out neighbors that are not packed, instead of refusing the file.")
 def import_(what: str, file: Path, shards: Path | None, mined: Path | None, annotations: Path | None, skip_unknown: bool) -> None:

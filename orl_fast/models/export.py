@@ -28,6 +28,8 @@ State = dict[str, Tensor]
 
 _AUTHOR = "orl-fast"
 _TIMM_NAMES = {"mobilenet_v2": "mobilenetv2_100", "mnasnet1_0": "mnasnet_100"}  # where timm's name of torchvision's model is another
+_ROUNDING = 1e-5  # of the largest feature, where a toolkit's layers are computed in another order
+_OTHERWISE = "export to safetensors or onnx"
 _HEADS = ("fc.", "classifier.", "head.", "heads.")
 
 
@@ -79,8 +81,8 @@ def _to_torchvision(encoder: Encoder, out: Path, source: str, size_px: int) -> _
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=False)
         images = _images(299 if name == "inception_v3" else 224)
         with torch.no_grad():
-            _require_equal(_torchvision_map(model, images), encoder.backbone(images), "torchvision")
-        return f"loaded by torchvision {torchvision.__version__}: the same features, bit for bit"
+            same = _compared(_torchvision_map(model, images), encoder.backbone(images), "torchvision")
+        return f"loaded by torchvision {torchvision.__version__}: {same}"
 
     settings = "".join(f"{key}={value}" for key, value in options.items())
     loading = [
@@ -106,7 +108,7 @@ def _to_timm(encoder: Encoder, out: Path, source: str, size_px: int) -> _Content
             f"timm's {name} has other weights than torchvision's; export {encoder.name} to torchvision, safetensors or onnx, or train with "
             f"--set model.backbone={TIMM}{name}"
         )
-    if theirs.keys() != state.keys():  # the same layers under other names; whether it is the same network, the check below says
+    if is_renamed := theirs.keys() != state.keys():  # the same layers under other names; if it is the same network, the check below says
         state = dict(zip(theirs, state.values(), strict=True))
 
     def check(path: Path) -> str:
@@ -115,8 +117,8 @@ def _to_timm(encoder: Encoder, out: Path, source: str, size_px: int) -> _Content
         backbone = encoder.backbone
         with torch.no_grad():
             own = backbone.trunk.forward_features(images) if isinstance(backbone, TimmBackbone) else backbone(images)
-            _require_equal(model.forward_features(images), own, "timm")
-        return f"loaded by timm {timm.__version__}: the same features, bit for bit"
+            same = _compared(model.forward_features(images), own, "timm", exactly=is_renamed)
+        return f"loaded by timm {timm.__version__}: {same}"
 
     loading = (
         f'model = timm.create_model("{name}", num_classes=0)',
@@ -132,10 +134,11 @@ def _to_detectron2(encoder: Encoder, out: Path, source: str, size_px: int) -> _C
     data = pickle.dumps({"model": weights, "__author__": _AUTHOR, "matching_heuristics": True}, protocol=4)
     if out.suffix != ".pkl":
         log.warning("%s: Detectron2 reads a file of this form only if its name ends with .pkl", out)
-    depth = re.fullmatch(r"resnet(\d+)", encoder.name.removeprefix(TIMM))
+    depth = re.match(r"(?:wide_)?resnex?t(\d+)", encoder.name.removeprefix(TIMM))
+    basic = "; cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64" if depth and int(depth[1]) < 50 else ""
     loading = (
         f'cfg.MODEL.WEIGHTS, cfg.INPUT.FORMAT = "{out}", "RGB"',
-        f"cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = {depth[1] if depth else '…'}, False",
+        f"cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = {depth[1] if depth else '…'}, False{basic}",
         f"cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = {_in_bytes(MEAN)}, {_in_bytes(STD)}",
     )
     return _Content(
@@ -146,10 +149,11 @@ def _to_detectron2(encoder: Encoder, out: Path, source: str, size_px: int) -> _C
 
 
 def _to_mmdet(encoder: Encoder, out: Path, source: str, size_px: int) -> _Content:
+    kind = "ResNeXt" if "resnext" in encoder.name else "ResNet"
     state = {f"backbone.{name}": value for name, value in _resnet_state(encoder, "MMDetection").items()}
     loading = (
         f'init_cfg = dict(type="Pretrained", checkpoint="{out}", prefix="backbone.")',
-        'backbone = dict(type="ResNet", style="pytorch", init_cfg=init_cfg, …)  # depth and the rest as in your configuration',
+        f'backbone = dict(type="{kind}", style="pytorch", init_cfg=init_cfg, …)  # depth and the rest as in your configuration',
         f"data_preprocessor = dict(mean={_in_bytes(MEAN)}, std={_in_bytes(STD)}, bgr_to_rgb=True, …)",
     )
     content = {"meta": {"author": _AUTHOR, "source": source}, "state_dict": state}
@@ -229,10 +233,16 @@ def _not_run(toolkit: str, encoder: Encoder) -> str:
     return f"; {toolkit} itself builds no {encoder.name}" if encoder.name == SMALL_RESNET else f"; {toolkit} itself was not run"
 
 
-def _require_equal(found: Tensor, expected: Tensor, toolkit: str) -> None:
-    if not torch.equal(found, expected):
-        gap = f"they differ by {(found - expected).abs().max():.2g}" if found.shape == expected.shape else "of another shape"
-        raise DataError(f"{toolkit}'s network gives other features ({gap}): not exported; export to safetensors or onnx")
+def _compared(found: Tensor, expected: Tensor, toolkit: str, *, exactly: bool = False) -> str:
+    """How equal features are; DataError if they differ, or, `exactly`, by rounding too."""
+    if torch.equal(found, expected):
+        return "the same features, bit for bit"
+    if found.shape != expected.shape:
+        raise DataError(f"{toolkit}'s network gives features of another shape: not exported; {_OTHERWISE}")
+    gap = float((found - expected).abs().max() / expected.abs().max())
+    if exactly or not gap <= _ROUNDING:
+        raise DataError(f"{toolkit}'s network gives other features (they differ by {gap:.2g} of the largest): not exported; {_OTHERWISE}")
+    return f"the same features up to rounding ({gap:.1g} of the largest)"
 
 
 def _images(size_px: int) -> Tensor:

@@ -75,7 +75,7 @@ def load_foreign(path: Path, *, backbone: str | None = None, prefix: str | None 
             such prefix.
     """
     file = read_weights(path)
-    name = backbone or file.metadata.get(ARCHITECTURE) or _deduced(file)
+    name = backbone or file.metadata.get(ARCHITECTURE) or _deduced(file, prefix)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
         model = build_backbone(name)
     expected = model.state_dict()
@@ -176,8 +176,7 @@ def _choose(file: WeightsFile, matches: Sequence[Match], *, name: str, prefix: s
     """
     path, asked = file.path, None if prefix is None else prefix.strip(".")
     if asked is not None:
-        under = [match for match in matches if match.prefix.strip(".") == asked]
-        under = under or [match for match in matches if asked and f".{asked}." in f".{match.prefix}"]
+        under = _under(matches, asked)
         if not under:
             there = dict.fromkeys(match.prefix for match in matches if match.is_whole) or _groups(file.tensors)
             raise ConfigError(f"{path}: nothing of {name} under --prefix {asked!r}; there are {listed([repr(each) for each in there])}")
@@ -204,6 +203,14 @@ def _choose(file: WeightsFile, matches: Sequence[Match], *, name: str, prefix: s
     return best[0]
 
 
+def _under(matches: Sequence[Match], prefix: str | None) -> Sequence[Match]:
+    """Those of this prefix or, where there are none, with these parts in it."""
+    if prefix is None:
+        return matches
+    whole, asked = [match for match in matches if match.prefix.strip(".") == prefix.strip(".")], f".{prefix.strip('.')}."
+    return whole or [match for match in matches if asked.strip(".") and asked in f".{match.prefix}"]
+
+
 def _rank(prefix: str) -> int:
     return 0 if _FIRST.search(prefix) else 2 if _LAST.search(prefix) else 1
 
@@ -214,15 +221,22 @@ def _equal(tensors: Mapping[str, Tensor], a: Match, b: Match) -> bool:
     return all(torch.equal(tensors[a.prefix + name], tensors[b.prefix + name]) for name in a.names)
 
 
-def _deduced(file: WeightsFile) -> str:
-    """The ResNet whose names and shapes a file holds, all of them and no others."""
+def _deduced(file: WeightsFile, prefix: str | None) -> str:
+    """The ResNet whose names and shapes a file holds (under a prefix), all of them and no others."""
     best: tuple[float, str, Match] | None = None
+    found: list[str] = []
     for name, skeleton in resnet_skeletons():
-        for match in _matches(file.tensors, _layouts(skeleton), skeleton.state_dict())[:1]:
-            if match.is_whole:
-                return name
+        matches = _under(_matches(file.tensors, _layouts(skeleton), skeleton.state_dict()), prefix)
+        if matches and all(match.is_whole for match in matches):
+            return name
+        found += [name] if any(match.is_whole for match in matches) else []
+        for match in matches[:1]:
             share = len(match.names) / (len(match.names) + len(match.missing) + len(match.differing) + len(match.foreign))
             best = max(best or (share, name, match), (share, name, match), key=lambda entry: entry[0])
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{file.path}: holds several architectures ({', '.join(found)}); name one with --backbone")
     near = ""
     if best and best[0] > 0.5:
         _list(file.path, best[2])

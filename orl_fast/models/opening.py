@@ -45,6 +45,8 @@ def open_encoder(checkpoint: str | Path, *, backbone: str | None = None, prefix:
     if str(checkpoint) == RANDOM:
         if backbone is None:
             raise ConfigError("a random backbone of which architecture? Name one with --backbone, for example --backbone resnet50")
+        if prefix is not None:
+            raise ConfigError("a random backbone has no --prefix; leave it out")
         return OpenEncoder(encoder=random_encoder(Config(model=ModelConfig(backbone=backbone))))
     path = checkpoint_path(Path(checkpoint))
     if not path.is_file():

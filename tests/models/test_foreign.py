@@ -315,6 +315,16 @@ def test_of_several_networks_the_choice_is_told_and_can_be_another(
     assert load(tmp_path / "bare.pth", prefix="momentum").encoder.fingerprint == encoder_of(other).fingerprint
 
 
+def test_of_several_architectures_one_has_to_be_named(resnet18: State, tmp_path: Path) -> None:
+    larger = weights("resnet34", 1)
+    torch.save({"teacher": larger, "student": resnet18}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"holds several architectures \(resnet18, resnet34\); name one with --backbone"):
+        load_foreign(tmp_path / "w.pth")
+    assert load_foreign(tmp_path / "w.pth", backbone="resnet18").prefix == "student."
+    assert load_foreign(tmp_path / "w.pth", prefix="student").encoder.fingerprint == encoder_of(resnet18).fingerprint
+    assert load_foreign(tmp_path / "w.pth", prefix="teacher").encoder.name == "resnet34"
+
+
 def test_opening_tells_where_weights_come_from(resnet18: State, tmp_path: Path) -> None:
     torch.save({"state_dict": under("backbone.", resnet18)}, tmp_path / "w.pth")
     opened = open_encoder(tmp_path / "w.pth")
