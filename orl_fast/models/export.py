@@ -29,7 +29,7 @@ State = dict[str, Tensor]
 _AUTHOR = "orl-fast"
 _TIMM_NAMES = {"mobilenet_v2": "mobilenetv2_100", "mnasnet1_0": "mnasnet_100"}  # where timm's name of torchvision's model is another
 _ROUNDING = 1e-5  # of the largest feature, where a toolkit's layers are computed in another order
-_OTHERWISE = "export to safetensors or onnx"
+_OTHERWISE = "export to another toolkit, safetensors or onnx"
 _HEADS = ("fc.", "classifier.", "head.", "heads.")
 
 

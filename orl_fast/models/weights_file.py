@@ -83,8 +83,9 @@ def read_weights(path: Path) -> WeightsFile:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (pickle.UnpicklingError, RecursionError, *_DAMAGE) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        text = str(error).rpartition("WeightsUnpickler error: ")[2] or type(error).__name__  # torch's advice before it is to run the code
+        reason = text.splitlines()[0]
+        if name := re.search(r"GLOBAL ([\w.]+)", text):
             raise DataError(f"{path}: {_wants(name[1])}") from error
         raise DataError(f"{path}: damaged, or not a file of weights ({reason}); download or copy it again; or, {_REMEDY}") from error
     raise DataError(f"{path}: {what if start else 'an empty file; download or copy it again'}")
@@ -137,7 +138,11 @@ def _legacy_globals(path: Path) -> list[str]:
 
 def _globals(file: Any) -> Iterator[str]:
     """The names that the next pickle of a file uses."""
-    return (_plain_name(*str(argument).split(" ", 1)) for opcode, argument, _ in pickletools.genops(file) if opcode.name == "GLOBAL")
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name == "STACK_GLOBAL":
+            raise pickle.UnpicklingError("saved with pickle_protocol=4 or newer, which torch.load(weights_only=True) does not read")
+        if opcode.name == "GLOBAL":
+            yield _plain_name(*str(argument).split(" ", 1))
 
 
 def _plain_name(module: str, name: str) -> str:

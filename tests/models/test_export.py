@@ -2,6 +2,8 @@
 
 import pickle
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from orl_fast.cli.export import TARGETS as OFFERED
 from orl_fast.errors import ConfigError, DataError
-from orl_fast.models import Encoder, build_backbone, export, open_encoder
+from orl_fast.models import Encoder, build_backbone, export, onnx_model, open_encoder
 from orl_fast.models.export import TARGETS, export_backbone
 from orl_fast.models.foreign import load_foreign
 
@@ -174,6 +176,28 @@ def test_onnx_runtime_gives_the_same_features_for_any_batch_and_size(tmp_path: P
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert (metadata["architecture"], metadata["mean"]) == ("resnet10_small", "(0.485, 0.456, 0.406)")
     assert [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", 3, "height", "width"]
+
+
+def test_onnx_has_fixed_sizes_where_torch_cannot_free_them_and_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    exported = onnx_model._exported
+
+    def fixed_alone(features: torch.nn.Module, size_px: int, *, is_free: bool, metadata: Mapping[str, str]) -> bytes:
+        if is_free:
+            raise RuntimeError("sides are specialized")
+        return exported(features, size_px, is_free=is_free, metadata=metadata)
+
+    monkeypatch.setattr(onnx_model, "_exported", fixed_alone)
+    model = onnx_model.OnnxModel.export(encoder_of("resnet10_small"), source="here", size_px=32)
+    assert (model.is_free, model.size) == (False, "32, 32")
+    assert "the batch is free, images have 32 × 32 px" in model.check()
+    other = replace(model, features=onnx_model._Features(encoder_of("resnet10_small", seed=1).backbone).eval())
+    with pytest.raises(DataError, match="ONNX Runtime gives other features"):
+        other.check()
+    monkeypatch.setattr(onnx_model, "_exported", lambda *_, **__: 1 / 0)
+    with pytest.raises(ConfigError, match=r"torch cannot export resnet10_small to ONNX \(division by zero\)"):
+        onnx_model.OnnxModel.export(encoder_of("resnet10_small"), source="here", size_px=32)
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,14 @@ def test_damage_is_noticed_by_checksums_where_there_are_any(tmp_path: Path):
     assert read_weights(tmp_path / "without.pt").tensors["a"].sum() == 499500
 
 
+@pytest.mark.parametrize("content", [{"a": torch.ones(1)}, {"a": Evil(Path("never"))}])
+def test_newer_pickles_of_torch_are_refused_with_a_remedy(content: object, tmp_path: Path):
+    """torch.load(weights_only=True) reads protocols 2 and 3 alone."""
+    torch.save(content, tmp_path / "w.pt", pickle_protocol=4)
+    with pytest.raises(DataError, match=r"saved with pickle_protocol=4 or newer.*; or, where the file comes from, save the weights alone"):
+        read_weights(tmp_path / "w.pt")
+
+
 def test_containers_within_themselves_end(tmp_path: Path):
     loop: dict[str, object] = {"a": np.ones(1)}
     loop["again"] = loop
