@@ -2,10 +2,10 @@
 
 import datetime
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 
 from orl_fast.cores import num_cores
-from orl_fast.errors import ConfigError
+from orl_fast.errors import ConfigError, OrlFastError
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,28 @@ def broadcast_value(value: Any, ranks: Ranks) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
+
+
+def decided(function: Callable[[], Result], ranks: Ranks) -> Result:
+    """function() as the first rank computes it, on every rank: its result, any plain value, or the OrlFastError that it raised.
+
+    The others wait for days if need be, as for packing a large data set.
+    """
+    if ranks.world_size == 1:
+        return function()
+    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    outcome: list[Any] = [None, None]
+    if ranks.is_main:
+        try:
+            outcome[0] = function()
+        except OrlFastError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
+    dist.destroy_process_group(group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
 
 
 def gather_values(value: Any, ranks: Ranks) -> list[Any]:

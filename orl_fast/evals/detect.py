@@ -36,7 +36,7 @@ from orl_fast.evals.detection_inference import detect, to_device
 from orl_fast.evals.detection_model import Detector, build_detector, parameter_groups, pyramid_levels
 from orl_fast.evals.detection_score import average_precision
 from orl_fast.evals.labels import images_beside
-from orl_fast.evals.training import Training
+from orl_fast.evals.training import Condition, Training
 from orl_fast.files import atomic_file, write_json
 from orl_fast.models import Encoder
 from orl_fast.models.sync_bn import synchronize_batch_norm
@@ -111,7 +111,9 @@ def run(encoder: Encoder, data: Path, options: Options, context: Context) -> dic
     ).to(context.device)  # fmt: skip
     synchronize_batch_norm(detector, ranks)
     optimizer = torch.optim.SGD(parameter_groups(detector, weight_decay=_WEIGHT_DECAY), lr=_LR, momentum=_MOMENTUM)
-    with Training.open({"model": detector, "optimizer": optimizer}, num_steps=options.schedule, context=context) as training:
+    # Images are grouped by their orientation within each rank's share of a batch.
+    parts: dict[str, Any] = {"model": detector, "optimizer": optimizer, "ranks": Condition("ranks:", str(ranks.world_size))}
+    with Training.open(parts, num_steps=options.schedule, context=context) as training:
         _announce(encoder, train, val, options, ranks)
         _train(detector, optimizer, train, options, context, training)
         values = _test(detector.eval(), train, val, options, context)

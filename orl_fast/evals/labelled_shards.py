@@ -16,8 +16,8 @@ from pydantic import Field
 
 from orl_fast.config import Section
 from orl_fast.console import log
-from orl_fast.distributed import broadcast_value
-from orl_fast.errors import ConfigError, DataError, OrlFastError, StaleError
+from orl_fast.distributed import decided
+from orl_fast.errors import DataError, StaleError
 from orl_fast.evals import Context
 from orl_fast.evals.copies import copied_rows
 from orl_fast.evals.layouts import (
@@ -53,7 +53,6 @@ _REMEDY = (
     "give a folder with train/ and val/, each with one subfolder of images per class; lists of labelled images with --train-list and "
     "--val-list; or a folder that orl-fast shard packed from such folders"
 )
-_MAX_PACKED_BY_RANKS = 100_000  # images; more would keep the other ranks waiting beyond their time limit
 
 
 class LabelledShardsOptions(Section):
@@ -101,19 +100,9 @@ def open_labelled_shards(data: Path, options: LabelledShardsOptions, context: Co
     """Pack the images unless that is done, and join them with their labels. One rank works, the others get what it found.
 
     DataError: no labelled images, one class, classes in the validation part that the training part lacks, an image in both, or lists that
-    do not fit the images. StaleError: the folder to pack into holds something else. ConfigError: too many images to pack under torchrun.
+    do not fit the images. StaleError: the folder to pack into holds something else.
     """
-    found: LabelledShards | OrlFastError | None = None
-    if context.ranks.is_main:
-        try:
-            found = _open(data, options, context)
-        except OrlFastError as error:
-            found = error
-    found = broadcast_value(found, context.ranks)
-    if isinstance(found, OrlFastError):  # on every rank, so that none is left waiting
-        raise found
-    assert found is not None
-    return found
+    return decided(lambda: _open(data, options, context), context.ranks)
 
 
 def _open(data: Path, options: LabelledShardsOptions, context: Context) -> LabelledShards:
@@ -219,14 +208,9 @@ def _sources(folders: Sequence[Path]) -> list[Path]:
 
 
 def _announce(listing: Listing, out: Path, context: Context) -> None:
-    """Say what packing takes. ConfigError where other ranks would wait too long for it, DataError where the disk is too small."""
+    """Say what packing takes. DataError where the disk is too small."""
     images, folders = listing.images, [str(source.folder) for source in listing.sources]
     num_bytes = sum(image.num_bytes for image in images)
-    if context.ranks.world_size > 1 and len(images) > _MAX_PACKED_BY_RANKS:
-        raise ConfigError(
-            f"{out}: {len(images):,} images are to be packed first, by one process; run orl-fast shard {' '.join(folders)} --out {out}, "
-            "then the same command again"
-        )
     require_free_space(out, num_bytes=num_bytes, purpose="packing")
     free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
     what = f"{len(images):,} images of {' and '.join(folders)} into {out}"

@@ -22,7 +22,7 @@ from orl_fast.encode import bounded, encode
 from orl_fast.errors import ConfigError, DataError
 from orl_fast.evals import Context
 from orl_fast.evals.labelled_shards import LabelledShards, LabelledShardsOptions, Part
-from orl_fast.evals.training import Training
+from orl_fast.evals.training import Condition, Training
 from orl_fast.views import chance
 from orl_fast.views.choose import open_renderer, open_source
 from orl_fast.views.loader import ViewLoader
@@ -84,20 +84,6 @@ def fitting_batch(part: Part, wanted: int, ranks: Ranks) -> int:
     return size
 
 
-class _Identity:
-    """What a saved training belongs to, apart from its options."""
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def state_dict(self) -> dict[str, str]:
-        return {"value": self._value}
-
-    def load_state_dict(self, state: Any, /) -> None:
-        if state["value"] != self._value:
-            raise ValueError("it was trained on other images, labels or batches")
-
-
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, labelled: LabelledShards, options: TrainingOptions,
     context: Context, *, batch_size: int, augmentation: Augmentation, lighting: bool = False, what: str,
@@ -119,7 +105,11 @@ def train(
     labels = torch.from_numpy(train_part.labels)
     spec = ViewSpec(name="view", size_px=options.size_px, source=RandomCrop(), augmentation=augmentation, stream=1)
     # The weights are drawn on every rank from one seed, and a resumed training is loaded over them.
-    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "identity": _Identity(f"{labelled.fingerprint}-{batch_size}")}
+    parts: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "images": Condition("images and batches", f"{labelled.fingerprint}-{batch_size}"),
+    }
     num_steps = schedule.epochs * steps_per_epoch
     with Training.open(parts, num_steps=num_steps, context=context) as training:
         if training.first_step >= num_steps:

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from orl_fast.console import log
-from orl_fast.distributed import Ranks
-from orl_fast.errors import ConfigError, DataError, StaleError
-from orl_fast.evals import labelled_shards
+from orl_fast.errors import DataError, StaleError
 from orl_fast.evals.labelled_shards import LabelledShards, LabelledShardsOptions, Part, open_labelled_shards
 from orl_fast.shards import ShardIndex, write_shards
 from orl_fast.shards.labels import INFO_NAME, TABLE_NAME, read_classes
@@ -272,12 +270,6 @@ def test_other_images_in_the_shard_folder_and_a_column_of_other_images_are_refus
     np.save(Path("other") / TABLE_NAME, table)
     with pytest.raises(DataError, match=r"labels\.json: damaged \(labels\.npy does not fit labels\.json\)"):
         _open(Path("other"))
-
-
-def test_many_images_are_not_packed_while_ranks_wait(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labelled_shards, "_MAX_PACKED_BY_RANKS", 5)
-    with pytest.raises(ConfigError, match=r"11 images are to be packed first, by one process; run orl-fast shard .*train .*val --out"):
-        labelled_shards._open(imagenet, LabelledShardsOptions(), context(ranks=Ranks(world_size=2)))
 
 
 def test_what_is_taken_is_logged(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:

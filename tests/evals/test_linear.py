@@ -204,7 +204,7 @@ def test_a_training_of_other_labels_is_not_resumed(shards: Path, tmp_path: Path)
     (other / "labels.json").unlink()
     labelled.train.labels[labelled.train.rows[0]] = 1 - labelled.train.labels[labelled.train.rows[0]] % 2
     write_classes(labelled.train.index, _column(labelled))
-    with pytest.raises(DataError, match=r"trained on other images, labels or batches\); remove .*work"):
+    with pytest.raises(DataError, match=r"begun with images and batches .* now .*remove .*work"):
         run(small_encoder(), other, Options(**OPTIONS | {"epochs": 1}), context(tmp_path / "work"))
 
 
