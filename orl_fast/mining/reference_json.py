@@ -208,7 +208,7 @@ def _results(index: ShardIndex, file: Path, *names: str, skip_unknown: bool) -> 
         )
     kept = _known(found >= 0)
     neighbors = np.where(kept < 0, np.arange(len(index))[:, None], np.take_along_axis(found, kept, axis=1))
-    _tell_skipped(index, file, found >= 0)
+    _log_skipped(index, file, found >= 0)
     return _Results(info=content.get("info", {}), neighbors=neighbors, places=kept, num_listed=found.shape[1], columns=columns)
 
 
@@ -222,7 +222,7 @@ def _known(known: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.where(num[:, None] > 0, np.take_along_axis(in_order, around, axis=1), -1)
 
 
-def _tell_skipped(index: ShardIndex, file: Path, known: NDArray[np.bool_]) -> None:
+def _log_skipped(index: ShardIndex, file: Path, known: NDArray[np.bool_]) -> None:
     num = known.sum(axis=1)
     if known.all():
         return

@@ -223,7 +223,7 @@ def _saved(content: Mapping[str, Any]) -> bytes:
 
 def _read_back(path: Path, encoder: Encoder, name: str | None) -> str:
     """Compare with what `orl-fast eval` would load."""
-    found, expected = _state(load_foreign(path, backbone=name, tell=False).encoder), _state(encoder)
+    found, expected = _state(load_foreign(path, backbone=name, verbose=False).encoder), _state(encoder)
     if found.keys() != expected.keys() or not all(torch.equal(found[key], value) for key, value in expected.items()):
         raise DataError(f"{path}: does not give back the weights that were written; the disk or the memory may be faulty")
     return "read back: the same weights, bit for bit"

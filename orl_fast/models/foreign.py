@@ -63,13 +63,13 @@ class Foreign:
     layout: str = field(default="own")
 
 
-def load_foreign(path: Path, *, backbone: str | None = None, prefix: str | None = None, tell: bool = True) -> Foreign:
+def load_foreign(path: Path, *, backbone: str | None = None, prefix: str | None = None, verbose: bool = True) -> Foreign:
     """Load a backbone out of a file of any toolkit (docs/export.md), without a projector, in float32, on the CPU.
 
     Args:
         backbone: its architecture, as `build_backbone` names it. None: that of the file's metadata, or the ResNet that its shapes fit.
         prefix: of its names in the file, or dotted parts of it. None: found, see `_choose`.
-        tell: log what was taken, and what of the file is not used.
+        verbose: log what was taken, and what of the file is not used.
     Raises:
         DataError: the file cannot be read, or the backbone is not whole in it, or not finite. ConfigError: no such architecture, or no
             such prefix.
@@ -79,14 +79,14 @@ def load_foreign(path: Path, *, backbone: str | None = None, prefix: str | None 
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced
         model = build_backbone(name)
     expected = model.state_dict()
-    match = _choose(file, _matches(file.tensors, _layouts(model), expected), name=name, prefix=prefix, tell=tell)
+    match = _choose(file, _matches(file.tensors, _layouts(model), expected), name=name, prefix=prefix, verbose=verbose)
     values = {ours: file.tensors[match.prefix + theirs].reshape(expected[ours].shape) for theirs, ours in match.names.items()}
     values = {ours: value.to(expected[ours].dtype) for ours, value in values.items()}
     if damaged := [ours for ours, value in values.items() if not torch.isfinite(value).all()]:
         raise DataError(f"{path}: holds weights that are not finite ({listed(damaged)}); use an earlier checkpoint, or download it again")
     model.load_state_dict(values, strict=False)  # all but counters of batches are there
-    if tell:
-        _tell(file, match, name)
+    if verbose:
+        _log_match(file, match, name)
     return Foreign(encoder=Encoder(model, None, name=name), prefix=match.prefix, layout=match.layout)
 
 
@@ -168,7 +168,7 @@ def _shape(value: Tensor) -> str:
     return f"[{', '.join(map(str, value.shape))}]" + ("" if value.is_floating_point() else f" {value.dtype}".replace("torch.", ""))
 
 
-def _choose(file: WeightsFile, matches: Sequence[Match], *, name: str, prefix: str | None, tell: bool) -> Match:
+def _choose(file: WeightsFile, matches: Sequence[Match], *, name: str, prefix: str | None, verbose: bool) -> Match:
     """The one whole backbone of a file.
 
     Of several, a teacher's or a moving average's of timm is taken first, a target's, momentum or key encoder's last (each as its authors
@@ -198,7 +198,7 @@ def _choose(file: WeightsFile, matches: Sequence[Match], *, name: str, prefix: s
         names = ", ".join(repr(match.prefix) for match in (best[0], *unlike))
         raise ConfigError(f"{path}: holds several backbones ({names}); choose one with --prefix")
     others = dict.fromkeys(match.prefix for match in ranked if match.prefix != best[0].prefix)
-    if others and tell:
+    if others and verbose:
         log.info("%s: taking %r; also there: %s (--prefix)", path, best[0].prefix, ", ".join(map(repr, others)))
     return best[0]
 
@@ -253,7 +253,7 @@ def _list(path: Path, match: Match) -> None:
             log.debug("%s: %s: %s%s", path, what, match.prefix, name)
 
 
-def _tell(file: WeightsFile, match: Match, name: str) -> None:
+def _log_match(file: WeightsFile, match: Match, name: str) -> None:
     """What was taken, and what of the file was left, by name."""
     dtypes = {str(file.tensors[match.prefix + theirs].dtype).removeprefix("torch.") for theirs in match.names} - {"float32", "int64"}
     converted = f", converted from {', '.join(sorted(dtypes))}" if dtypes else ""
@@ -268,7 +268,7 @@ def _tell(file: WeightsFile, match: Match, name: str) -> None:
 
 
 def _groups(names: Mapping[str, Tensor] | Sequence[str]) -> list[str]:
-    """The names up to their last part, once each, a number telling how many there are."""
+    """The names up to their last part, once each, with their number."""
     found: dict[str, int] = {}
     for name in names:
         key = name.rpartition(".")[0] or name

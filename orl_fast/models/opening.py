@@ -35,7 +35,7 @@ def open_encoder(checkpoint: str | Path, *, backbone: str | None = None, prefix:
     """Open `checkpoint`: a checkpoint of orl-fast, the run folder that holds it, a file of another toolkit, or "random".
 
     Args:
-        backbone: the architecture, as `build_backbone` names it; "random" needs it, and files that do not tell it.
+        backbone: the architecture, as `build_backbone` names it; "random" needs it, and files that do not state it.
         prefix: of the backbone's names in a file of another toolkit, or of another network than the one that a checkpoint of orl-fast is
             about ("target"); see `load_foreign`.
     Raises:

@@ -36,7 +36,7 @@ _OTHERS = {  # what else a file may begin with: what it is, and what to do
     b"\xfd7zXZ": "compressed with xz; unpack it first",
     b"\x89HDF": "an HDF5 file (Keras); convert it to safetensors first",
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself; run git lfs pull",
-    b"<": "a web page, not weights; download the file anew",
+    b"<": "a web page, not weights; download the file again",
 }
 _DAMAGE = (RuntimeError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError,
            NotImplementedError, AssertionError, ImportError, OverflowError, MemoryError, safetensors.SafetensorError)  # fmt: skip
@@ -60,7 +60,7 @@ class WeightsFile:
 
 
 def read_weights(path: Path) -> WeightsFile:
-    """Read a file of torch (zip, or older than 1.6), pickle or safetensors, told apart by their first bytes.
+    """Read a file of torch (zip, or older than 1.6), pickle or safetensors, recognized by its first bytes.
 
     Raises:
         DataError: it is none of these, is damaged, wants to call something, or holds no tensors; the message has a remedy.
