@@ -17,7 +17,7 @@ VERBS = {
     "verify": "Check packed shards.",
     "train": "Pre-train: BYOL (stage 1), ORL (stage 3) and other methods.",
     "mine": "Find neighbors and corresponding RoIs (stage 2).",
-    "eval": "Evaluate a backbone: linear probe, kNN.",
+    "eval": "Evaluate a backbone: the paper's benchmarks, linear probe, kNN, CorLoc.",
     "results": "All values that evaluations found, as one table next to the paper's.",
     "show": "Draw pictures: mined pairs, augmented views.",
     "info": "Show information about a dataset, table, checkpoint or this machine.",

@@ -1,4 +1,4 @@
-"""Evaluations of frozen backbones, one module each, found by name in `EVALS`: CONTRIBUTING says what a module defines."""
+"""Evaluations of backbones, one module each, found by name in `EVALS`: CONTRIBUTING says what a module defines."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
