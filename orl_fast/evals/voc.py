@@ -117,7 +117,7 @@ def _labels(folders: Sequence[Path], split: str, data: Path) -> dict[str, dict[s
         raise DataError(f"{data}: {split} is there {len(having)} times ({_some(list(map(str, having)))}); name one folder")
     found = _from_class_files(by_class[having[0]]) if by_class[having[0]] else _from_annotations(having[0], split)
     if not found:
-        raise DataError(f"{having[0]}: {split} lists no labelled image; unpack VOC{split}_06-Nov-2007.tar anew")
+        raise DataError(f"{having[0]}: {split} lists no labelled image; unpack VOC{split}_06-Nov-2007.tar again")
     if all(_LATER_YEARS.fullmatch(name) for name in found):
         raise DataError(f"{having[0]}: {split} lists images of a later year ({_some(sorted(found))}); this is the protocol of {YEAR}")
     return found
@@ -227,7 +227,7 @@ def _text(file: Path) -> str:
     try:
         return file.read_text("utf-8-sig")
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); unpack it anew") from error
+        raise DataError(f"{file}: cannot be read ({error}); unpack it again") from error
 
 
 def _warn(names: Sequence[str], message: str) -> None:

@@ -78,7 +78,7 @@ def test_low_shot_fits_see_their_rows_alone(problem: tuple[Basis, list[NDArray[n
     assert alone["validation"] == [None]
 
 
-def test_features_of_another_backbone_in_the_same_place_are_read_anew(tmp_path: Path) -> None:
+def test_features_of_another_backbone_in_the_same_place_are_read_again(tmp_path: Path) -> None:
     basis = Basis(train=tmp_path / "train.npy", test=tmp_path / "test.npy")
     found = []
     for seed in (0, 1, 0):
