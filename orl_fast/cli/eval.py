@@ -49,7 +49,7 @@ def _command(name: str) -> click.Command:
         click.Option(["--prefix"], help="Of the backbone's names in CHECKPOINT, where it holds several, for example student."),
         click.Option(["--out"], type=click.Path(path_type=Path, file_okay=False), help="Folder of evals.jsonl [default: CHECKPOINT's]."),
         click.Option(["--random-init"], is_flag=True, help="Also evaluate the same backbone untrained."),
-        click.Option(["--workers"], type=click.IntRange(min=1), help="Threads that read and render [default: one per core]."),
+        click.Option(["--workers"], type=click.IntRange(min=1), help="Threads and processes [default: one per core]."),
         click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         click.Option(["--json", "json_file"], type=click.Path(path_type=Path, dir_okay=False), help="Also write the records to this file."),
     ]

@@ -1,4 +1,4 @@
-"""Linear classifiers on five feature levels of the frozen backbone (the paper's Table 2: ImageNet, Places205, iNaturalist18).
+"""Linear classifiers on five feature levels of the frozen backbone (ImageNet, Places205, iNaturalist18).
 
 Trained with SGD on random crops, all levels at once: learning rate 0.01 (× 0.1 three times), Nesterov momentum 0.9, weight decay
 1e-4, batch 256; 28 epochs for ImageNet, 14 for Places205, 84 for iNaturalist18.

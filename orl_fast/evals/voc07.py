@@ -1,4 +1,4 @@
-"""VOC07 classification: linear SVMs on five levels of frozen features (paper, Tables 1 and 2).
+"""VOC07 classification: linear SVMs on five levels of frozen features.
 
 DATA is VOC2007, VOCdevkit, or a folder above. For each level, class and cost, three-fold cross-validation on trainval chooses the cost of a
 class; the SVM is fitted again to all of trainval and tested on test. The score is the mAP over classes of the best level.
