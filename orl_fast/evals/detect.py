@@ -1,4 +1,4 @@
-"""Object detection and instance segmentation on COCO: fine-tune Mask R-CNN, report average precision (paper, Table 3).
+"""Object detection and instance segmentation on COCO: fine-tune Mask R-CNN, report average precision.
 
 DATA is a COCO folder: annotations/instances_train*.json and instances_val*.json, and a folder of images named like each. The backbone,
 a ResNet, gets a feature pyramid and heads with synchronized batch norm, and all of it is trained; the defaults are the 1x schedule.

@@ -1,4 +1,4 @@
-"""Semi-supervised classification : the whole network fine-tuned on the listed 1 % or 10 % of the training images.
+"""Semi-supervised classification: the whole network fine-tuned on the listed 1 % or 10 % of the training images.
 
 DATA is labelled as for `eval linear`; FILE lists the images that keep their label, one file name per line, as SimCLR's 1percent.txt and
 10percent.txt do. 20 epochs of SGD, batch 256, learning rates 0.01 (backbone) and 1.0 (head), × 0.2 after 12 and 16 epochs, batch norm
