@@ -219,7 +219,7 @@ def _announce(listing: Listing, out: Path, context: Context) -> None:
 
 def _pack(sources: Sequence[Path], out: Path, context: Context) -> ShardIndex:
     try:
-        write_shards(sources, out, num_workers=context.num_threads)
+        write_shards(sources, out, num_workers=context.num_threads * context.ranks.local_world_size)  # the node's other ranks wait
     except DataError as error:
         raise DataError(str(error).replace("with --out", "with --shards")) from error
     except StaleError as error:
