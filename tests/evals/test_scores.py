@@ -80,16 +80,37 @@ def test_thousands_of_classes_vote() -> None:
     assert found["num_classes"] == 8000
 
 
-def test_a_fit_beyond_the_memory_is_refused_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "available_memory", lambda: 20_000_000_000)
-    probe.require_memory(100_000, 2048, 1000)
-    with pytest.raises(
-        DataError, match=r"437,513 objects, 2,048 features and 8,142 classes takes about 56\.\d GB .* use orl-fast eval linear or knn"
-    ):
-        probe.require_memory(437_513, 2048, 8142)
+def test_weights_beyond_the_memory_are_refused_with_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "available_memory", lambda: 8_000_000_000)
+    probe.require_memory(437_513, 2048, 8142)  # iNaturalist 2018
+    with pytest.raises(DataError, match=r"2,048 features and 21,841 classes takes about 11\.\d GB .* use orl-fast eval linear or knn"):
+        probe.require_memory(437_513, 2048, 21_841)
     monkeypatch.setattr(probe, "available_memory", lambda: 1000)
     with pytest.raises(DataError, match=r"1\.0 kB are available"):
         linear_probe(_features(0), _features(1))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("cost", [0.01, 1.0, None])
+def test_objects_beyond_the_memory_are_fitted_in_parts_with_equal_results(
+    monkeypatch: pytest.MonkeyPatch, num_classes: int, cost: float | None
+) -> None:
+    parts = [_features(seed, num=600, noise=2) for seed in (0, 1)]
+    train, test = (
+        Features(values=part.values[part.labels < num_classes], labels=part.labels[part.labels < num_classes] + 5,
+                 images=part.images[part.labels < num_classes]) for part in parts
+    )  # fmt: skip
+    whole = linear_probe(train, test, cost=cost)
+    direct = probe._fit(train, test, np.ones(len(train.labels), bool), None, cost=cost or 1.0)
+    monkeypatch.setattr(probe, "_PART", 64)
+    in_parts = probe._fit_in_parts(train, test, np.ones(len(train.labels), bool), None, cost=cost or 1.0)
+    assert np.mean(direct == in_parts) > 0.995  # a tie within rounding apart
+    _, needed = probe._memory_of_fit(len(train.labels), 6, num_classes)
+    monkeypatch.setattr(probe, "available_memory", lambda: needed)
+    monkeypatch.setattr(probe, "_memory_of_fit", lambda *_: (needed + 1, needed))
+    found = linear_probe(train, test, cost=cost)
+    assert found["cost"] == whole["cost"]
+    assert found["top1"] == pytest.approx(whole["top1"], abs=0.005)
 
 
 @pytest.mark.parametrize("score", [linear_probe, knn])
