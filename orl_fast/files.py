@@ -35,11 +35,15 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     with _plain_errors(path):
         if path.exists() and not path.is_file():
-            with path.open("wb") as file:
+            with _created(path):
+                file = path.open("wb")
+            with file:
                 yield file
             return
         with _temporary(path) as (target, temporary):
-            with temporary.open("xb") as file:
+            with _created(path):
+                file = temporary.open("xb")
+            with file:
                 yield file
             sync_folder(temporary)
             temporary.replace(target)
@@ -54,7 +58,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     with _plain_errors(path), _temporary(path) as (target, temporary):
         _put_back(target)
-        temporary.mkdir()
+        with _created(path):
+            temporary.mkdir()
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
             sync_folder(entry)
@@ -104,10 +109,8 @@ def _temporary_name(path: Path, kind: str) -> Path:
 def _temporary(path: Path) -> Iterator[tuple[Path, Path]]:
     """Yield the path behind links, and a unique temporary name in the same folder; what is left under it is removed."""
     target = path.resolve() if path.is_symlink() else path
-    try:
+    with _created(path):
         target.parent.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:  # /proc, for example, where no folder can be made; within a block it means something else
-        raise DataError(f"{path}: its folder cannot be created; choose another folder") from error
     temporary = _temporary_name(target, "partial")
     try:
         yield target, temporary
@@ -115,6 +118,17 @@ def _temporary(path: Path) -> Iterator[tuple[Path, Path]]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[None]:
+    """Where a file or a folder is created, any error is about the place (ENOENT in /proc): DataError, but for a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
 
 
 def _replace_folder(path: Path, new: Path) -> None:

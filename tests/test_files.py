@@ -5,6 +5,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -316,9 +317,24 @@ def test_folders_that_cannot_be_locked_are_explained(tmp_path: Path) -> None:
             pass
     with pytest.raises(DataError, match="cannot be written"):
         write_json(tmp_path / "file" / "value.json", 1)
-    with pytest.raises(DataError, match=r"/proc/nowhere/value.json: its folder cannot be created; choose another folder"):
-        write_json(Path("/proc/nowhere/value.json"), 1)
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("place", ["/proc/value", "/proc/nowhere/value", "/sys/value", "socket", "socket/value"])
+def test_where_nothing_can_be_created_is_explained(place: str, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        with pytest.raises(DataError, match=rf"{place}: cannot be written \(.*\); choose another folder"):
+            write_json(tmp_path / place, 1)
+        if place != "socket":
+            with pytest.raises(DataError, match=rf"{place}: cannot be written"), atomic_folder(tmp_path / place):
+                pass
+    assert os.listdir(tmp_path) == ["socket"]
+
+
+def test_errors_within_the_block_are_not_taken_for_those_of_the_place(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_file(tmp_path / "x"):
+        (tmp_path / "elsewhere").read_bytes()
 
 
 def test_free_space_is_checked_first(tmp_path: Path) -> None:
