@@ -38,7 +38,6 @@ CHECKPOINT, PREVIOUS, FOLLOWING = "checkpoint.pt", "checkpoint-previous.pt", ".c
 _HEADER = "archive/orl-fast.json"  # torch.save calls its folder so
 _FOLDER = 0x10  # as DOS marks it
 _KEYS = {"method", "step", "num_steps", "encoder", "config", "index", "mined", "renderer", "versions"}
-_REMEDY = "use another checkpoint, or remove it and train again"
 _DAMAGE = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, ValueError, TypeError)
 
 
@@ -63,7 +62,7 @@ def is_checkpoint(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return _HEADER in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+    except _DAMAGE:  # a damaged directory gives nearly anything
         return path.name in (CHECKPOINT, PREVIOUS)
 
 
@@ -71,7 +70,7 @@ def read_header(path: Path) -> Mapping[str, Any]:
     """Everything but the weights; raises as `read_checkpoint`."""
     with _opened(path) as archive:
         if _HEADER not in archive.namelist():
-            raise DataError(f"{path}: not a checkpoint of this version of orl-fast; {_REMEDY}")
+            raise DataError(f"{path}: not a checkpoint of this version of orl-fast; {_remedy(path)}")
         return _checked(path, json.loads(archive.read(_HEADER)), _KEYS)
 
 
@@ -88,7 +87,7 @@ def read_state(path: Path) -> Any:
     with _opened(path) as archive:  # torch.load itself compares no checksums, and gives what was in memory for an entry marked as a folder
         damaged = archive.testzip() or next((entry.filename for entry in archive.infolist() if entry.external_attr & _FOLDER), None)
         if damaged is not None:
-            raise DataError(f"{path}: damaged ({damaged} fails its checksum); {_REMEDY}")
+            raise DataError(f"{path}: damaged ({damaged} fails its checksum); {_remedy(path)}")
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -135,14 +134,24 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
     except _DAMAGE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: damaged or not a checkpoint ({reason}); {_REMEDY}") from error
+        raise DataError(f"{path}: damaged or not a checkpoint ({reason}); {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    """Weights of another toolkit are not to be removed, which a message about the checkpoint of a run says."""
+    if path.name in (CHECKPOINT, PREVIOUS):
+        return "use another checkpoint, or remove it and train again"
+    return (
+        f"give a run of orl-fast train, or its {CHECKPOINT} (weights of another toolkit lack the projector, which mining needs; "
+        "orl-fast eval and orl-fast export take them)"
+    )
 
 
 def _checked(path: Path, values: Any, keys: set[str]) -> Mapping[str, Any]:
     if not isinstance(values, dict) or "format" not in values:
-        raise DataError(f"{path}: not a checkpoint of orl-fast; {_REMEDY}")
+        raise DataError(f"{path}: not a checkpoint of orl-fast; {_remedy(path)}")
     if values["format"] != FORMAT:
-        raise DataError(f"{path}: checkpoint format {values['format']}, this version reads {FORMAT}; {_REMEDY}")
+        raise DataError(f"{path}: checkpoint format {values['format']}, this version reads {FORMAT}; {_remedy(path)}")
     if missing := keys - values.keys():
-        raise DataError(f"{path}: damaged ({', '.join(sorted(missing))} is missing); {_REMEDY}")
+        raise DataError(f"{path}: damaged ({', '.join(sorted(missing))} is missing); {_remedy(path)}")
     return values

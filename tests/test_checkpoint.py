@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from orl_fast.checkpoint import CHECKPOINT, FORMAT, checkpoint_path, read_checkpoint, read_header, write_checkpoint
 from orl_fast.errors import DataError, MissingStageError
@@ -136,3 +137,16 @@ def test_an_error_while_writing_leaves_the_one_before(tmp_path: Path, monkeypatc
         _write(path, step=4)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+@pytest.mark.parametrize("kind", ["zip", "older", "safetensors"])
+def test_weights_of_another_toolkit_are_not_to_be_removed(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "moco.pth"
+    if kind == "safetensors":
+        save_file({"conv1.weight": torch.ones(2)}, path)
+    else:
+        torch.save({"conv1.weight": torch.ones(2)}, path, _use_new_zipfile_serialization=kind == "zip")
+    for read in (read_header, read_checkpoint):
+        with pytest.raises(DataError, match=r"not a checkpoint .*; give a run of orl-fast train") as caught:
+            read(path)
+        assert "remove" not in str(caught.value)
