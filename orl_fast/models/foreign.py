@@ -5,7 +5,7 @@ lies is found by the names and shapes that match. A backbone is whole or refused
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Match:
     @property
     def faults(self) -> str:
         """What does not match, by name."""
-        parts = {"missing": self.missing, "of another shape": self.differing, "not of this architecture": self.foreign}
+        parts = {"missing": self.missing, "of another shape or kind": self.differing, "not of this architecture": self.foreign}
         return "; ".join(f"{what}: {listed(names)}" for what, names in parts.items() if names)
 
 
@@ -159,13 +159,20 @@ def _match(
 
 
 def _fits(value: Tensor, expected: Tensor) -> bool:
-    plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
     same_shape = value.shape == expected.shape or value.numel() == expected.numel() == 1  # counters: [] or [1]
-    return plain and same_shape and value.is_floating_point() == expected.is_floating_point()
+    return not _kind(value) and same_shape and value.is_floating_point() == expected.is_floating_point()
+
+
+def _kind(value: Tensor) -> str:
+    """What a tensor is that is not a plain array of real numbers; empty for one that is."""
+    if value.layout != torch.strided:
+        return str(value.layout).removeprefix("torch.")
+    return "without values (meta)" if value.is_meta else "quantized" if value.is_quantized else "complex" if value.is_complex() else ""
 
 
 def _shape(value: Tensor) -> str:
-    return f"[{', '.join(map(str, value.shape))}]" + ("" if value.is_floating_point() else f" {value.dtype}".replace("torch.", ""))
+    dtype = "" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+    return " ".join(filter(None, (f"[{', '.join(map(str, value.shape))}]", dtype, _kind(value))))
 
 
 def _choose(file: WeightsFile, matches: Sequence[Match], *, name: str, prefix: str | None, verbose: bool) -> Match:
@@ -225,6 +232,9 @@ def _deduced(file: WeightsFile, prefix: str | None) -> str:
     """The ResNet whose names and shapes a file holds (under a prefix), all of them and no others."""
     best: tuple[float, str, Match] | None = None
     found: list[str] = []
+    asked = (prefix or "").strip(".")
+    if asked and not any(f".{asked}." in f".{name}." for name in file.tensors):
+        raise ConfigError(f"{file.path}: has nothing under --prefix {asked!r}; it holds {listed(_parts(file.tensors))}")
     for name, skeleton in resnet_skeletons():
         matches = _under(_matches(file.tensors, _layouts(skeleton), skeleton.state_dict()), prefix)
         if matches and all(match.is_whole for match in matches):
@@ -265,6 +275,11 @@ def _log_match(file: WeightsFile, match: Match, name: str) -> None:
         log.info("%s: not used: %s", file.path, listed(_groups(left)))
     if heads:
         log.info("%s: heads, not used: %s", file.path, listed(_groups(heads)))
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """The first three parts of names, once each (state_dict.module.encoder_q)."""
+    return list(dict.fromkeys(".".join(name.split(".")[:3]) for name in names))
 
 
 def _groups(names: Mapping[str, Tensor] | Sequence[str]) -> list[str]:

@@ -94,6 +94,8 @@ def read_weights(path: Path) -> WeightsFile:
 def _checked(file: WeightsFile) -> WeightsFile:
     if not file.tensors:
         raise DataError(f"{file.path}: holds no tensors; {_REMEDY}")
+    if "" in file.tensors:
+        raise DataError(f"{file.path}: is a single tensor without a name, not the weights of a network; {_REMEDY}")
     return file
 
 

@@ -250,11 +250,19 @@ def test_what_is_left_is_told_by_name(resnet18: State, tmp_path: Path, messages:
         (lambda s: s.pop("layer3.1.bn2.running_var"), r"missing: layer3\.1\.bn2\.running_var"),
         (
             lambda s: s.update({"conv1.weight": torch.zeros(64, 3, 3, 3)}),
-            r"another shape: conv1\.weight \[64, 3, 3, 3\] in place of \[64, 3, 7, 7\]",
+            r"another shape or kind: conv1\.weight \[64, 3, 3, 3\] in place of \[64, 3, 7, 7\]",
         ),
         (
             lambda s: s.update({"bn1.weight": torch.zeros(64, dtype=torch.int64)}),
-            r"another shape: bn1\.weight \[64\] int64 in place of \[64\]",
+            r"another shape or kind: bn1\.weight \[64\] int64 in place of \[64\]",
+        ),
+        (
+            lambda s: s.update({"bn1.weight": torch.ones(64).to_sparse()}),
+            r"another shape or kind: bn1\.weight \[64\] sparse_coo in place of \[64\]",
+        ),
+        (
+            lambda s: s.update({"bn1.weight": torch.ones(64, device="meta")}),
+            r"another shape or kind: bn1\.weight \[64\] without values \(meta\) in place of \[64\]",
         ),
         (lambda s: s.update({"layer4.2.conv1.weight": torch.zeros(3)}), r"not of this architecture: layer4\.2\.conv1\.weight"),
     ],
@@ -281,6 +289,9 @@ def test_weights_of_another_architecture_are_refused(resnet18: State, tmp_path: 
     torch.save({"a.weight": torch.ones(2)}, tmp_path / "other.pth")
     with pytest.raises(DataError, match=r"architecture is not known: name it with --backbone.* It holds a.weight"):
         load_foreign(tmp_path / "other.pth")
+    torch.save(torch.ones(2), tmp_path / "single.pth")
+    with pytest.raises(DataError, match="a single tensor without a name"):
+        load_foreign(tmp_path / "single.pth")
     with pytest.raises(ConfigError, match="did you mean 'resnet18'"):
         load_foreign(tmp_path / "18.pth", backbone="resnet_18")
 
@@ -303,6 +314,10 @@ def test_of_several_networks_the_choice_is_told_and_can_be_another(
         assert load(tmp_path / "moco.pth", prefix=prefix).encoder.fingerprint == encoder_of(other).fingerprint
     with pytest.raises(ConfigError, match=r"nothing of resnet18 under --prefix 'encoder'; there are 'state_dict.module.encoder_q.'"):
         load(tmp_path / "moco.pth", prefix="encoder")
+    with pytest.raises(
+        ConfigError, match=r"nothing under --prefix 'encoder'; it holds state_dict.module.encoder_q, state_dict.mod.*encoder_k$"
+    ):
+        load_foreign(tmp_path / "moco.pth", prefix="encoder")
     torch.save({"a": resnet18, "b": other}, tmp_path / "two.pth")
     with pytest.raises(ConfigError, match=r"holds several backbones \('a\.', 'b\.'\); choose one with --prefix"):
         load(tmp_path / "two.pth")
