@@ -29,6 +29,7 @@ _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 _MAX_OUTSIDE = 0.2  # share of the objects that may reach out of their image
 _MAX_MASKLESS = 0.1  # share of the objects that may lack a mask where others have one
+_FEW = 10  # objects: so many and fewer cost a file only where they are more than half of it
 _SLACK_PX = 2.0
 _MIN_SIDE_PX = 0.01  # of objects to train on: sides are divided by, and their logarithms are learned
 _HEADERS_AT_ONCE = 256
@@ -131,15 +132,19 @@ def open_detection_data(annotations: Path, images: Path, *, masks: bool, context
     num_skipped_images = len(paths) - int(usable.sum())
     if not usable.any():
         reasons = "; ".join(f"{len(names)} {what}" for what, names in skipped.items()) or "it lists none"
-        raise DataError(f"{annotations}: none of its images can be used ({reasons}); images are looked for in {images}")
+        raise DataError(
+            f"{annotations}: none of its images can be used ({reasons}); they are looked for in {images}, which has to be the folder that "
+            f"their names start from{_elsewhere(found.file_names, folder)}"
+        )
     objects, num_rotated = _objects(found, headers, rotations, skipped, usable=usable, with_masks=masks, path=annotations)
     warn_skipped(annotations, skipped)
     if num_rotated:
         log.warning("%s: %d images are stored rotated (EXIF): their boxes and masks are rotated with them", annotations, num_rotated)
     if not objects:
-        raise DataError(f"{annotations}: none of its {len(found.images)} objects can be used; give another file")
+        what = f"none of its {len(found.images)} objects can be used" if len(found.images) else "has no annotated objects"
+        raise DataError(f"{annotations}: {what}; give another file")
     if masks and objects[0].mask is None:
-        log.warning("%s: no object has a mask", annotations)
+        log.warning("%s: no object has a mask that can be used", annotations)
     image_ids = found.image_ids if _numbers(found.image_ids) else range(len(paths))
     category_ids = found.category_ids if _numbers(found.category_ids) else range(1, len(found.categories) + 1)
     upright = np.array([(0, 0) if isinstance(header, str) else header.upright_px for header in headers], np.int64).reshape(-1, 2)
@@ -277,6 +282,12 @@ def ahead(pool: Executor, function: Callable[[_Item], _Value], items: Iterable[_
             future.cancel()
 
 
+def _elsewhere(file_names: tuple[str, ...], folder: Path) -> str:
+    """Where images are found after all: names may hold the folder's own ("val2017/000000000139.jpg")."""
+    found = [name for name in file_names[:1] if (folder.parent / name).is_file()]
+    return f"; {found[0]} is in {folder.parent}, so name that one" if found else ""
+
+
 def _numbers(ids: Iterable[Id]) -> bool:
     """Whether ids can stay as they are in results; positions take their place otherwise."""
     return all(isinstance(key, int) and key >= 0 for key in ids)
@@ -349,7 +360,7 @@ def _objects(
     objects: list[_Object] = []
     maskless: list[int] = []  # positions in `objects`
     reaching: list[str] = []
-    num_checked = 0
+    num_checked = num_corners = 0
     for m, (image, label, entry) in enumerate(zip(found.images.tolist(), found.labels.tolist(), found.entries, strict=True)):
         name = f"id {entry['id']}" if "id" in entry else f"number {m}"
         header, box = headers[image], found.boxes[m]
@@ -358,7 +369,7 @@ def _objects(
         width, height = frame_px = header.upright_px if rotations[image] == 1 else header.stored_px
         inside = np.clip(box, 0, [width, height] * 2)
         if label < 0:
-            skipped["objects of categories that are not listed"].append(name)
+            skipped["objects of categories that are not listed, or share their id with others"].append(name)
             continue
         num_checked += 1
         if (box[:2] < -_SLACK_PX).any() or (box[2:] - [width, height] > _SLACK_PX + 0.01 * max(frame_px)).any():
@@ -367,6 +378,8 @@ def _objects(
             skipped["objects outside of their images"].append(name)
             continue
         mask = _read_mask(entry.get("segmentation"), size_px=frame_px) if with_masks else None
+        if mask is not None and not is_crowd(entry):
+            num_corners += _is_corners(box, bounds(mask))
         if mask is not None and not _near(bounds(mask), box):
             mask = None
         area = entry.get("area")
@@ -379,13 +392,18 @@ def _objects(
         if rotations[image] > 1:
             box = rotate_boxes(box[None], orientation=rotations[image], size_px=frame_px)[0]
         objects.append(_Object(image, label, box, is_crowd(entry), float(area), mask))
-    if len(reaching) > _MAX_OUTSIDE * num_checked:
+    if 2 * num_corners > num_checked:
+        raise DataError(
+            f"{path}: {num_corners} of {num_checked} boxes are [left, top, right, bottom], as their masks show; give boxes as [x, y, width, "
+            "height]"
+        )
+    if _too_many(len(reaching), num_checked, _MAX_OUTSIDE):
         raise DataError(
             f"{path}: {len(reaching)} of {num_checked} boxes reach out of their images, for example {reaching[0]}: they are in another "
             "frame, or not [x, y, width, height]; give boxes in pixels of the image files"
         )
     if with_masks and len(maskless) < len(objects):
-        if len(maskless) > _MAX_MASKLESS * len(objects):
+        if _too_many(len(maskless), len(objects), _MAX_MASKLESS):
             raise DataError(
                 f"{path}: {len(maskless)} of {len(objects)} objects have no mask that can be used; --no-masks detects boxes alone"
             )
@@ -394,6 +412,17 @@ def _objects(
         objects = [each for each in objects if each.mask is not None]
     rotated = {each.image for each in objects if rotations[each.image] > 1}
     return objects, len(rotated)
+
+
+def _too_many(num: int, num_all: int, share: float) -> bool:
+    """Whether so many odd objects show that the file is wrong as a whole: more than a share of many, more than half of a few."""
+    return num > share * num_all and (num > _FEW or 2 * num > num_all)
+
+
+def _is_corners(box: NDArray[np.float64], mask: NDArray[np.float64]) -> bool:
+    """Whether a box read as [x, y, width, height] was written as [left, top, right, bottom]: the mask ends there."""
+    written = box - [0, 0, box[0], box[1]]
+    return bool(np.abs(written - mask).max() <= _SLACK_PX < np.abs(box - mask).max())
 
 
 def _near(mask: NDArray[np.float64], box: NDArray[np.float64]) -> bool:

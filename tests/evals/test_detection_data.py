@@ -76,7 +76,7 @@ def _first(content: Any, **values: Any) -> None:
         (lambda c: c["annotations"][0].pop("bbox"), "without a box"),
         (lambda c: _first(c, bbox=[0.1, 0.2, 0.5, 0.6]), "shares of the image's sides"),
         (lambda c: _first(c, bbox=[200, 10, 20, 20]), "1 objects outside of their images: id 1"),
-        (lambda c: _first(c, category_id=99), "1 objects of categories that are not listed: id 1"),
+        (lambda c: _first(c, category_id=99), "1 objects of categories that are not listed, or share their id with others: id 1"),
         (lambda c: _first(c, image_id=999), "an image that is not listed"),
         (lambda c: _first(c, segmentation=[[1, 2, 3, 4]]), "1 objects without a mask that can be used: of image 000000.jpg"),
         (lambda c: c["annotations"][0].pop("segmentation"), "without a mask"),
@@ -118,19 +118,36 @@ def _boxes(content: Any, change: Callable[[list[float]], list[float]]) -> None:
             lambda c: _boxes(c, lambda box: [box[0] / 80, box[1] / 48, box[2] / 80, box[3] / 48]),
             "multiply x and width by the image's width",
         ),
-        (lambda c: _boxes(c, lambda box: [box[0], box[1], box[0] + box[2], box[1] + box[3]]), "reach out of their images"),
+        (lambda c: _boxes(c, lambda box: [box[0], box[1], box[0] + box[2], box[1] + box[3]]), r"12 of 12 boxes are \[left, top, right"),
         (lambda c: _boxes(c, lambda box: [8 * value for value in box]), "reach out of their images"),
         (lambda c: _boxes(c, lambda box: [box[0] + 900, *box[1:]]), "12 of 12 boxes reach out of their images"),
         (lambda c: [image.update(file_name="x" + image["file_name"]) for image in c["images"]], "6 images that are not there"),
         (lambda c: [image.update(width=640, height=480) for image in c["images"]], "6 images of another size than annotated"),
         (lambda c: [each.update(category_id=5) for each in c["annotations"]], "none of its 12 objects can be used"),
-        (lambda c: [each.pop("segmentation") for each in c["annotations"][:4]], "4 of 12 objects have no mask"),
+        (lambda c: [each.pop("segmentation") for each in c["annotations"][:7]], "7 of 12 objects have no mask"),
+        (lambda c: c["annotations"].clear(), "has no annotated objects; give another file"),
+        (
+            lambda c: [image.update(file_name=f"val2017/{image['file_name']}") for image in c["images"]],
+            r"6 images that are not there.*; val2017/000000\.jpg is in .*coco\d*, so name that one",
+        ),
         (lambda c: c.pop("images"), "no list 'images'"),
     ],
 )
 def test_files_that_are_wrong_as_a_whole_are_refused(opened: Any, change: Any, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         opened(change)
+
+
+def test_corners_in_place_of_sizes_are_refused_without_masks_too(opened: Any) -> None:
+    with pytest.raises(DataError, match=r"of 12 boxes reach out of their images"):
+        opened(lambda c: _boxes(c, lambda box: [box[0], box[1], box[0] + box[2], box[1] + box[3]]), masks=False)
+
+
+def test_a_few_odd_objects_do_not_cost_a_small_file(opened: Any, messages: pytest.LogCaptureFixture) -> None:
+    data = opened(lambda c: [each.update(segmentation=[]) for each in c["annotations"][:3]])
+    assert (len(data.images), data.num_skipped_objects) == (9, 3)
+    assert "3 objects without a mask that can be used: of image 000000.jpg" in messages.text
+    assert len(opened(lambda c: [each.update(bbox=[70, 5, 60, 9]) for each in c["annotations"][:3]], masks=False).images) == 12
 
 
 def test_ids_of_any_kind_are_joined_and_become_positions_in_results(opened: Any) -> None:
