@@ -6,12 +6,14 @@ Each step is one call of the command line, which resumes its own work; a step th
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from orl_fast.console import human_time, log
@@ -157,8 +159,8 @@ def run_steps(steps: Sequence[Step], out: Path, *, num_processes: int = 1, devic
             command = [sys.executable, *torchrun, "-m", "orl_fast", *arguments]
         log.info("step %d of %d, %s: orl-fast %s", number, len(steps), step.name, shlex.join(arguments))
         start_s = time.monotonic()
-        code = subprocess.run(command, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
-        if code in (130, 143) or code < 0:
+        code, stopping = _run(command)
+        if code and (stopping or code in (130, 143, -signal.SIGINT, -signal.SIGTERM)):
             raise KeyboardInterrupt
         if code and step.needed:
             raise StepFailed(f"{step.name} failed (exit code {code}), and what follows builds on it; see above, then run the same command")
@@ -169,7 +171,30 @@ def run_steps(steps: Sequence[Step], out: Path, *, num_processes: int = 1, devic
         took_s = time.monotonic() - start_s
         log.info("%s: done in %s", step.name, human_time(took_s))
         write_json(_record(step, out), {"arguments": list(step.arguments), "seconds": round(took_s, 1), "processes": num_processes})
+        if stopping:
+            raise KeyboardInterrupt
     return failed
+
+
+def _run(command: Sequence[str]) -> tuple[int, bool]:
+    """Run a command to its end: its exit code, and whether a signal asked to stop, which is left to the command, since it saves first.
+
+    A terminal sends SIGINT to the command too; SIGTERM, which a scheduler sends to one process, is passed on.
+    """
+    received: list[int] = []
+    with subprocess.Popen(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
+
+        def receive(signum: int, _frame: FrameType | None) -> None:
+            received.append(signum)
+            if signum == signal.SIGTERM:
+                process.send_signal(signum)
+
+        before = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return process.wait(), bool(received)
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
 
 class StepFailed(OrlFastError):

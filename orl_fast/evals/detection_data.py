@@ -394,8 +394,8 @@ def _objects(
         objects.append(_Object(image, label, box, is_crowd(entry), float(area), mask))
     if 2 * num_corners > num_checked:
         raise DataError(
-            f"{path}: {num_corners} of {num_checked} boxes are [left, top, right, bottom], as their masks show; give boxes as [x, y, width, "
-            "height]"
+            f"{path}: {num_corners} of {num_checked} boxes are [left, top, right, bottom], as their masks show; give boxes as [x, y, "
+            "width, height]"
         )
     if _too_many(len(reaching), num_checked, _MAX_OUTSIDE):
         raise DataError(

@@ -1,6 +1,11 @@
 """The steps of the paper's experiments: planned from what data there is, run once each, repeated where they failed."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +63,41 @@ def test_a_step_runs_once_and_a_failed_one_again(tmp_path: Path) -> None:
     with pytest.raises(StepFailed, match=r"bad failed \(exit code 1\)"):
         run_steps([good, replace(bad, needed=True)], tmp_path)
     assert (tmp_path / "steps" / "good.json").read_bytes() == before
+
+
+_SLOW = """#!/bin/sh
+trap 'sleep 0.6; touch saved; exit 130' INT TERM
+touch started
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_step_that_is_stopped_has_the_time_to_save(signum: signal.Signals, tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text(_SLOW)
+    slow.chmod(0o755)
+    steps = "[Step(name='a', arguments=('x',)), Step(name='b', arguments=('x',))]"
+    code = f"import sys; from orl_fast.demo.reproduce import *; sys.executable = {str(slow)!r}; run_steps({steps}, Path('.'))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
+    while not (tmp_path / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)  # as a terminal does
+    else:
+        process.send_signal(signum)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert (tmp_path / "saved").exists()
+    assert not (tmp_path / "steps").exists()
+
+
+def test_a_step_that_is_killed_without_being_asked_to_stop_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = tmp_path / "killed"  # as by the kernel, where memory runs out
+    killed.write_text("#!/bin/sh\nkill -KILL $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    assert run_steps([Step(name="a", arguments=("x",)), Step(name="b", arguments=("x",))], tmp_path) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
