@@ -22,6 +22,7 @@ def _common(function: Any) -> Any:
         click.argument("file", type=click.Path(path_type=Path, dir_okay=False)),
         click.argument("shards", type=click.Path(path_type=Path), required=False),
         click.option("--mined", type=click.Path(path_type=Path, file_okay=False), help="Folder of the tables [default: SHARDS/mined]."),
+        click.option("--checkpoint", type=click.Path(path_type=Path), help="That they were mined with [default: as orl-fast mine]."),
         click.option(
             "--annotations", type=click.Path(path_type=Path), help="COCO file that orders proposals [default: the one packed from]."
         ),
@@ -31,7 +32,7 @@ def _common(function: Any) -> Any:
     return function
 
 
-def _stage(shards: Path | None, mined: Path | None, annotations: Path | None) -> "Stage":
+def _stage(shards: Path | None, mined: Path | None, checkpoint: Path | None, annotations: Path | None) -> "Stage":
     """The stage of a shard folder, with the settings of its stage-1 checkpoint where there is one."""
     from orl_fast.mining.pipeline import Stage
     from orl_fast.places import default_shards, mined_folder, stage_1_checkpoint
@@ -39,7 +40,7 @@ def _stage(shards: Path | None, mined: Path | None, annotations: Path | None) ->
     from orl_fast.shards import ShardIndex
 
     index = ShardIndex.open(default_shards(shards))
-    checkpoint = stage_1_checkpoint(index.path)
+    checkpoint = checkpoint or stage_1_checkpoint(index.path)
     folder, config = mined or mined_folder(index.path), trained_config(checkpoint)
     return Stage(index=index, folder=folder, config=config, checkpoint=checkpoint, annotations=annotations)
 
@@ -53,6 +54,7 @@ def export(
     file: Path,
     shards: Path | None,
     mined: Path | None,
+    checkpoint: Path | None,
     annotations: Path | None,
     neighbors: int | None,
     pair_ratio: float | None,
@@ -63,7 +65,7 @@ def export(
     """
     from orl_fast.mining.reference_json import export_neighbors, export_pairs, export_proposals
 
-    stage = _stage(shards, mined, annotations)
+    stage = _stage(shards, mined, checkpoint, annotations)
     match what:
         case "neighbors":
             export_neighbors(stage, file, num_neighbors=neighbors)
@@ -77,7 +79,9 @@ def export(
 @command.command("import", short_help="Use mined tables of the reference implementation.")
 @_common
 @click.option("--skip-unknown", is_flag=True, help="Leave out neighbors that are not packed, instead of refusing the file.")
-def import_(what: str, file: Path, shards: Path | None, mined: Path | None, annotations: Path | None, skip_unknown: bool) -> None:
+def import_(
+    what: str, file: Path, shards: Path | None, mined: Path | None, checkpoint: Path | None, annotations: Path | None, skip_unknown: bool
+) -> None:  # fmt: skip
     """Use WHAT the reference implementation mined, from its JSON FILE, in place of our own tables.
 
     Images are matched by file name. `orl-fast mine` keeps imported tables and makes what is missing; "pairs" (its correspondence file)
@@ -86,7 +90,7 @@ def import_(what: str, file: Path, shards: Path | None, mined: Path | None, anno
     """
     from orl_fast.mining.reference_json import import_neighbors, import_pairs, import_proposals
 
-    stage = _stage(shards, mined, annotations)
+    stage = _stage(shards, mined, checkpoint, annotations)
     match what:
         case "neighbors":
             import_neighbors(stage, file, skip_unknown=skip_unknown)

@@ -240,8 +240,11 @@ def _places(rows: NDArray[np.int64], num_images: int) -> NDArray[np.int64]:
 
 
 def _origin(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()[:16]
+    try:
+        with file.open("rb") as data:
+            return hashlib.file_digest(data, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); {_REMEDY}") from error
 
 
 def _save(

@@ -259,7 +259,15 @@ def test_command_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for what in ("neighbors", "proposals", "pairs"):
         assert run(tables, ["export", what, "again.json", "--mined", "elsewhere"]).exit_code == 0
         assert Path("again.json").read_bytes() == Path(f"{what}.json").read_bytes()
+    for what in ("neighbors", "proposals", "pairs"):
+        missing = run(tables, ["import", what, "nowhere.json"])
+        assert isinstance(missing.exception, DataError)
+        assert "nowhere.json: cannot be read" in str(missing.exception)
     done = run(tables, ["import", "neighbors", "neighbors.json", "--mined", "third"])
     assert "imported: third. Next: orl-fast mine shards/scenes --out third" in done.output
     assert Path("third/neighbors/table.json").is_file()
     assert run(tables, ["import", "proposals", "proposals.json", "--skip-unknown"]).exit_code == 2
+    shutil.move("runs", "other-runs")  # tables of a run that is elsewhere
+    (checkpoint,) = Path("other-runs").rglob("checkpoint.pt")
+    assert run(tables, ["export", "pairs", "again.json", "--mined", "elsewhere", "--checkpoint", str(checkpoint)]).exit_code == 0
+    assert Path("again.json").read_bytes() == Path("pairs.json").read_bytes()
