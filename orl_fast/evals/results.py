@@ -89,7 +89,7 @@ def read_records(paths: Iterable[Path]) -> list[dict[str, Any]]:
     records = []
     for file in dict.fromkeys(files):
         damaged = 0
-        for line in file.read_bytes().splitlines():
+        for line in filter(bytes.strip, file.read_bytes().splitlines()):
             record = _record(line)
             if record is None:
                 damaged += 1

@@ -91,7 +91,7 @@ def test_only_data_of_the_papers_size_is_put_into_its_columns(tmp_path: Path) ->
 
 
 def test_damaged_lines_are_skipped_and_folders_without_records_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _write(tmp_path / "a", "{", "[1]", '{"eval": "knn"}', _record())
+    _write(tmp_path / "a", "", "{", "[1]", '{"eval": "knn"}', _record())
     assert len(read_records([tmp_path / "a", tmp_path])) == 1
     assert "3 lines are no records" in caplog.text
     (tmp_path / "empty").mkdir()
