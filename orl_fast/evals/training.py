@@ -64,6 +64,10 @@ class Training:
         cls, parts: Mapping[str, Stateful], *, num_steps: int, context: Context, save_every_s: float = _SAVE_EVERY_S
     ) -> Iterator["Training"]:
         """DataError: both saved states are damaged, or another process trains in this folder; ConfigError: ranks begin differently."""
+        if context.device.type == "cpu":
+            torch.set_num_threads(
+                context.ranks.num_threads
+            )  # sums depend on it: the cores decide, not what ran before, nor torchrun's one thread
         training = cls(parts, num_steps=num_steps, context=context, save_every_s=save_every_s)
         with ExitStack() as stack:
             folder = context.work
