@@ -122,15 +122,27 @@ def decided(function: Callable[[], Result], ranks: Ranks) -> Result:
     """
     if ranks.world_size == 1:
         return function()
-    group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    group = patient_group()
+    try:
+        return decided_in(group, function, is_main=ranks.is_main)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def patient_group() -> Any:
+    """All ranks, for exchanges between which they wait for days if need be."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+
+
+def decided_in(group: Any, function: Callable[[], Result], *, is_main: bool) -> Result:
+    """As `decided`, in a group that is kept."""
     outcome: list[Any] = [None, None]
-    if ranks.is_main:
+    if is_main:
         try:
             outcome[0] = function()
         except OrlFastError as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
-    dist.destroy_process_group(group)
     if outcome[1] is not None:
         raise outcome[1]
     result: Result = outcome[0]

@@ -4,14 +4,13 @@ A task reads whole files and writes whole files. Functions, workers and tasks ca
 or on other machines that see the same files. Another executor is a subclass in a file of its own and a line in EXECUTORS.
 """
 
-import datetime
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from orl_fast.errors import OrlFastError
+from orl_fast.distributed import decided_in, patient_group
 from orl_fast.shards.workers import run_in_workers
 
 Task = TypeVar("Task")
@@ -58,7 +57,7 @@ class Torchrun(Executor):
 
     def __init__(self, *, device: torch.device | None = None, num_workers: int = 1) -> None:
         super().__init__(device=device, num_workers=num_workers)
-        self._group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+        self._group = patient_group()
         self._rank, self.num_shares = dist.get_rank(), dist.get_world_size()
         self.is_main = self._rank == 0
 
@@ -66,17 +65,7 @@ class Torchrun(Executor):
         return shards[self._rank :: self.num_shares]
 
     def decide(self, function: Callable[[], Result]) -> Result:
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = function()
-            except OrlFastError as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        decided: Result = outcome[0]
-        return decided
+        return decided_in(self._group, function, is_main=self.is_main)
 
     def barrier(self) -> None:
         dist.barrier(self._group)
