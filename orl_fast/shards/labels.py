@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,11 +71,6 @@ def read_classes(index: ShardIndex) -> ImageClasses | None:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path}: damaged ({error}); {_REMEDY}") from error
     return found
-
-
-def labels_path(folder: Path) -> Path:
-    """The file that says that the images of a folder have classes."""
-    return folder / INFO_NAME
 
 
 def _all_strings(classes: Sequence[Any]) -> bool:
