@@ -27,7 +27,7 @@ class _Bytes(click.ParamType[int]):
 def pixel_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--budget, --max-side and --pixels-dir."""
     for option in (
-        click.option("--pixels-dir", type=click.Path(path_type=Path), help="Where, as on a faster disk [default: beside the JPEGs]."),
+        click.option("--pixels-dir", type=click.Path(path_type=Path), help="Where, as on a faster disk [default: next to the JPEGs]."),
         click.option("--max-side", type=click.IntRange(min=16), help="Shrink longer sides to this, in pixels: less space, other views."),
         click.option("--budget", type=_Bytes(), help="Store as many images as fit, e.g. 60GB; the others stay JPEGs [default: all]."),
     ):
@@ -53,7 +53,7 @@ def store_pixels(
 @click.argument("folder", metavar="[SHARDS]", type=click.Path(path_type=Path), required=False)
 @pixel_options
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that decode and write [default: one per core].")
-@click.option("--overwrite", is_flag=True, help="Write all anew, also over the pixels of other images or of another --max-side.")
+@click.option("--overwrite", is_flag=True, help="Write all again, also over the pixels of other images or of another --max-side.")
 def command(
     folder: Path | None, budget: int | None, max_side: int | None, pixels_dir: Path | None, workers: int | None, overwrite: bool
 ) -> None:

@@ -1,4 +1,4 @@
-"""Pixel shards: the decoded images beside the JPEGs, to be mapped instead of decoded again in every epoch (shards/FORMAT.md)."""
+"""Pixel shards: the decoded images next to the JPEGs, to be mapped instead of decoded again in every epoch (shards/FORMAT.md)."""
 
 import hashlib
 import io

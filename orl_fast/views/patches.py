@@ -20,7 +20,7 @@ _MAX_OPEN_MAPS = 1024  # each holds a file descriptor
 
 
 class PatchStore:
-    """Patches by number, from a table folder with patches-000000.tar, … beside its arrays.
+    """Patches by number, from a table folder with patches-000000.tar, … next to its arrays.
 
     The folder is held by its descriptor: a training keeps reading the patches it started with, even if others are packed meanwhile.
     """
