@@ -65,9 +65,7 @@ class Training:
     ) -> Iterator["Training"]:
         """DataError: both saved states are damaged, or another process trains in this folder; ConfigError: ranks begin differently."""
         if context.device.type == "cpu":
-            torch.set_num_threads(
-                context.ranks.num_threads
-            )  # sums depend on it: the cores decide, not what ran before, nor torchrun's one thread
+            torch.set_num_threads(context.ranks.num_threads)  # sums depend on it: the cores decide, not what ran before
         training = cls(parts, num_steps=num_steps, context=context, save_every_s=save_every_s)
         with ExitStack() as stack:
             folder = context.work

@@ -65,6 +65,16 @@ def test_a_killed_training_ends_as_a_straight_one(tmp_path: Path) -> None:
         assert steps[-1] == STEPS
 
 
+def test_threads_that_earlier_work_left_do_not_matter() -> None:
+    former = torch.get_num_threads()
+    torch.set_num_threads(Ranks().num_threads + 1)
+    try:
+        _train(None, num_steps=1)
+        assert torch.get_num_threads() == Ranks().num_threads
+    finally:
+        torch.set_num_threads(former)
+
+
 def test_a_damaged_state_costs_the_last_minutes_alone(tmp_path: Path) -> None:
     straight = _train(tmp_path, pause_s=0.005)
     assert (tmp_path / "checkpoint-previous.pt").exists()
